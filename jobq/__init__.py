@@ -1,0 +1,1 @@
+"""jobq: typed producers and consumers on multiprocessing queues; nothing lost, nothing hangs."""

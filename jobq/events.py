@@ -1,0 +1,139 @@
+"""
+What happened, told once, from the driver's thread.
+
+Every observer (log, progress, report, tests) is a fold over this stream. Events are facts: nobody
+answers one, and an observer that raises is removed, never the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from jobq.report import DeadLetter, StageCounts
+
+
+@dataclass(frozen=True, slots=True)
+class RunStarted:
+    """The run has passed its check; no worker exists yet."""
+
+    run: str
+    pipeline: str
+    backend: str
+    start_method: str
+    stages: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStarted:
+    """A worker has been asked for (``pid`` is None where a backend has no processes)."""
+
+    stage: str
+    worker: str
+    pid: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLostEvent:
+    """A worker ended without having been told to; its unfinished jobs go to others."""
+
+    stage: str
+    worker: str
+    pid: int | None
+    reason: str
+    in_hand: tuple[int, ...]
+    put_back: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerEnded:
+    """A worker ended as told."""
+
+    stage: str
+    worker: str
+    pid: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class JobRetried:
+    """A job failed and will be tried again, ``delay`` seconds from now."""
+
+    stage: str
+    worker: str
+    job: int
+    attempt: int
+    error: str
+    message: str
+    delay: float
+
+
+@dataclass(frozen=True, slots=True)
+class JobDead:
+    """A job was given up; the letter holds everything known of it."""
+
+    worker: str
+    letter: DeadLetter
+
+
+@dataclass(frozen=True, slots=True)
+class ProducerEnded:
+    """A producer has given its last item."""
+
+    stage: str
+    worker: str
+    given: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A job said how far it is (``job.progress``), or a producer how many will come (``job.total``)."""
+
+    stage: str
+    worker: str
+    job: int | None
+    done: float | None
+    total: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """The state of every stage, about ten times a second while somebody listens to ticks."""
+
+    seconds: float
+    stages: dict[str, StageCounts]
+
+
+@dataclass(frozen=True, slots=True)
+class Stopping:
+    """The run was asked to stop: 1 = no new items, 2 = stop jobs in flight, 3 = kill."""
+
+    level: int
+    reason: str
+    unfinished: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunEnded:
+    """Everything is settled and every worker is gone."""
+
+    run: str
+    seconds: float
+    stages: dict[str, StageCounts] = field(default_factory=dict)
+
+
+Event: TypeAlias = (
+    RunStarted
+    | WorkerStarted
+    | WorkerLostEvent
+    | WorkerEnded
+    | JobRetried
+    | JobDead
+    | ProducerEnded
+    | Progress
+    | Tick
+    | Stopping
+    | RunEnded
+)
+
+Observer: TypeAlias = Callable[[Event], None]

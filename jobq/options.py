@@ -1,0 +1,58 @@
+"""The options of a run: each option of ``jobq run`` is a keyword of `Pipeline.run`, and the other way round."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from jobq.errors import PipelineError
+
+LogLevel = Literal["debug", "info", "warning", "error", "critical"]
+
+
+class RunOptions(BaseModel):
+    """
+    How to run a pipeline. Seconds are floats.
+
+    ``workers``: consumers' workers, one number for all or by stage. ``input``: JSON lines in place of
+    the producers ("-": standard input). ``output``: results as JSON lines ("-": standard output).
+    ``dead_letters``: a JSON line for each dead letter; the file is made with the first one.
+    ``log_level`` and ``log_format``: None leaves logging as it is.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    backend: str = "joinable"
+    start_method: Literal["auto", "fork", "forkserver", "spawn"] = "auto"
+    workers: Annotated[int, Field(ge=1)] | dict[str, Annotated[int, Field(ge=1)]] | None = None
+    input: Path | None = None
+    output: Path | None = None
+    collect: bool = False
+    check: bool = True
+    max_failures: int | None = Field(default=None, ge=1)
+    fail_fast: bool = False
+    dead_letters: Path | None = None
+    shutdown_timeout: float = Field(default=30.0, ge=0)
+    progress: bool = False
+    log_level: LogLevel | None = None
+    log_format: Literal["console", "json"] | None = None
+
+    @property
+    def failure_limit(self) -> int | None:
+        """The number of dead letters at which nothing new starts."""
+        return 1 if self.fail_fast else self.max_failures
+
+
+def read_run_options(given: dict[str, Any]) -> RunOptions:
+    """Return *given* as options; raises `PipelineError` that lists every wrong one."""
+    try:
+        return RunOptions(**given)
+    except ValidationError as error:
+        raise PipelineError(
+            *(
+                f"run option {'.'.join(map(str, problem['loc']))}={problem['input']!r}: {problem['msg']}."
+                for problem in error.errors()
+            )
+        ) from None

@@ -1,0 +1,556 @@
+"""
+What travels between driver and worker, and its bytes.
+
+    driver ── Chunk | Grant ──> worker      (an order: do these jobs / give so many items)
+    driver <── Answer ───────── worker      (acknowledgement and outputs in one frame: both count or neither)
+
+The driver never decodes an item. It sees a `Block`: so many items, so many bytes, and how to take a
+part of it. Headers are `marshal` (plain numbers and strings, no code), bodies are opaque.
+
+A frame: magic, length of the header, length of the body (16 bytes), the header, the body.
+"""
+
+from __future__ import annotations
+
+import marshal
+import pickle
+import struct
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, ClassVar, Protocol, TypeAlias
+
+from jobq.errors import BrokenChannel
+
+Buffer: TypeAlias = bytes | memoryview
+
+#: Exactly these may be gathered and pickled as one list: nothing can change them after their yield.
+SCALARS = frozenset({int, float, bool, str, bytes, type(None)})
+
+PREFIX = struct.Struct("<IIQ")
+MAGIC = 0x6A6F6271  # "jobq"
+PROTOCOL = 5
+
+
+class Block(Protocol):
+    """Items that were encoded together, opaque to the driver."""
+
+    @property
+    def count(self) -> int:
+        """How many items."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes they take on the wire (0 where items travel by reference)."""
+        ...
+
+    def take(self, low: int, high: int) -> Block:
+        """Return the items ``low <= i < high``, copying none."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PackedObjects:
+    """
+    Items pickled one by one, each at its yield.
+
+    ``ends`` holds, as unsigned 64-bit numbers, where each item ends, counted from ``base`` bytes
+    before the start of ``body``.
+    """
+
+    body: Buffer
+    ends: bytes
+    base: int = 0
+    kind: ClassVar[str] = "o"
+
+    @property
+    def count(self) -> int:
+        """How many items."""
+        return len(self.ends) // 8
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes the items take."""
+        return len(self.body)
+
+    def positions(self) -> array[int]:
+        """Return where each item ends, in ``body``'s own count plus ``base``."""
+        ends = array("Q")
+        ends.frombytes(self.ends)
+        return ends
+
+    def take(self, low: int, high: int) -> PackedObjects:
+        """Return the items ``low <= i < high``, copying none."""
+        if low == 0 and high == self.count:
+            return self
+        ends = self.positions()
+        start = ends[low - 1] if low else self.base
+        stop = ends[high - 1] if high else self.base
+        body = memoryview(self.body)[start - self.base : stop - self.base]
+        return PackedObjects(body, self.ends[low * 8 : high * 8], start)
+
+    def header(self) -> tuple[Any, ...]:
+        """Return what the other side needs besides the body."""
+        return ("o", self.ends, self.base)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedScalars:
+    """Numbers, strings, bytes and None pickled as one list, of which ``low <= i < high`` are meant."""
+
+    body: Buffer
+    total: int
+    low: int
+    high: int
+    kind: ClassVar[str] = "s"
+
+    @property
+    def count(self) -> int:
+        """How many items."""
+        return self.high - self.low
+
+    @property
+    def nbytes(self) -> int:
+        """This part's share of the body's bytes."""
+        return len(self.body) * (self.high - self.low) // (self.total or 1)
+
+    def take(self, low: int, high: int) -> PackedScalars:
+        """Return the items ``low <= i < high``: the same body, a narrower view."""
+        return PackedScalars(self.body, self.total, self.low + low, self.low + high)
+
+    def header(self) -> tuple[Any, ...]:
+        """Return what the other side needs besides the body."""
+        return ("s", self.total, self.low, self.high)
+
+
+@dataclass(frozen=True, slots=True)
+class References:
+    """Items that travel by reference (threads, the calling thread): nothing is pickled."""
+
+    items: list[Any]
+    kind: ClassVar[str] = "r"
+
+    @property
+    def count(self) -> int:
+        """How many items."""
+        return len(self.items)
+
+    @property
+    def nbytes(self) -> int:
+        """Zero: nothing is copied, and nobody knows how large the objects are."""
+        return 0
+
+    def take(self, low: int, high: int) -> References:
+        """Return the items ``low <= i < high``."""
+        return References(self.items[low:high])
+
+
+PackedBlock: TypeAlias = PackedObjects | PackedScalars
+
+
+# ── what is said ─────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """
+    Jobs of one stage with consecutive numbers: ``first``, ``first + 1``, …
+
+    All have the same ``attempt`` and ``delivery`` (both from 1). ``keys`` are theirs where the stage has
+    a key; ``roots`` name the source items they descend from, where somebody waits for those.
+    """
+
+    first: int
+    block: Block
+    attempt: int = 1
+    delivery: int = 1
+    keys: tuple[str, ...] | None = None
+    roots: tuple[int, ...] | None = None
+
+    def take(self, low: int, high: int) -> Part:
+        """Return the jobs ``low <= i < high`` of this part."""
+        if low == 0 and high == self.block.count:
+            return self
+        return Part(
+            self.first + low,
+            self.block.take(low, high),
+            self.attempt,
+            self.delivery,
+            self.keys[low:high] if self.keys is not None else None,
+            self.roots[low:high] if self.roots is not None else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """
+    Jobs that travel together to a consumer.
+
+    ``number`` is how many jobs this worker was sent before: the job at index i of the chunk has the
+    *ticket* ``number + i``, by which the worker's page speaks of it.
+    """
+
+    number: int
+    parts: tuple[Part, ...]
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """
+    Leave for a producer to give ``count`` more items of ``nbytes`` in all.
+
+    ``number`` is how many items this worker was granted before. Bytes may be exceeded by one item, which
+    then ends the grant. Answered as a chunk is, by ``number``.
+    """
+
+    number: int
+    count: int
+    nbytes: int
+
+
+Order: TypeAlias = Chunk | Grant
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """
+    A job that raised, as text: the driver can always read it.
+
+    ``index`` counts from the chunk's first job (-1: the producer itself). ``verdict`` is "error"
+    (retried if ``retriable`` and attempts are left), "retry" (``Retry``), "reject" or "payload" (never
+    retried). ``item_json`` is the item as JSON text where it has that form. ``exception`` is the
+    pickled exception, which may fail to load.
+    """
+
+    index: int
+    verdict: str
+    error: str
+    message: str
+    traceback: str
+    retriable: bool = False
+    delay: float | None = None
+    item_type: str | None = None
+    item_json: str | None = None
+    item_repr: str | None = None
+    exception: bytes | None = None
+    item: Buffer | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """
+    Items that jobs of one chunk gave to one route.
+
+    ``parents`` holds, as unsigned 32-bit numbers, the index in the chunk of the job that gave each
+    item; None: one item for each settled job, in order. ``keys`` holds, for each taker of the route
+    that has a key, its place among the takers and the items' keys.
+    """
+
+    route: int
+    block: Block
+    parents: bytes | None = None
+    keys: tuple[tuple[int, tuple[str, ...]], ...] = ()
+
+    def parent_indices(self) -> array[int] | None:
+        """Return ``parents`` as numbers."""
+        if self.parents is None:
+            return None
+        indices = array("I")
+        indices.frombytes(self.parents)
+        return indices
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """
+    What this worker has done since it began, counted by the worker itself.
+
+    The driver's books are compared with these at the end of the run.
+    """
+
+    done: int = 0
+    filtered: int = 0
+    failed: int = 0
+    emitted: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """
+    Jobs of chunk ``number`` are settled, and this is what they gave: one frame, so both count or neither.
+
+    ``settled`` are index ranges ``(low, high)`` of jobs that are done or filtered; failed ones are in
+    ``failures`` alone. ``final``: the chunk is answered whole, but for jobs that were taken back. For a
+    producer ``settled`` counts items given under the grant, and ``ended`` says that there are no more.
+    ``notes`` are what jobs said of their progress: ``(index, done, total)``.
+    """
+
+    number: int
+    final: bool
+    settled: tuple[tuple[int, int], ...] = ()
+    filtered: int = 0
+    failures: tuple[Failure, ...] = ()
+    outputs: tuple[Output, ...] = ()
+    totals: Totals = field(default_factory=Totals)
+    busy: float = 0.0
+    ended: bool = False
+    notes: tuple[tuple[int, float | None, float | None], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """The worker is up: what comes before it never counts as a job's time."""
+
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Bye:
+    """The worker's last word. ``problem`` is a traceback if it ends because it can't work."""
+
+    problem: str | None = None
+
+
+Said: TypeAlias = Answer | Hello | Bye
+
+
+# ── how items become blocks ──────────────────────────────────────────────────
+
+
+class Codec(Protocol):
+    """How a backend's workers turn items into blocks. Same-named methods of both codecs agree."""
+
+    def encode(self, item: Any) -> Any:
+        """Return *item* as it is now, as one piece; raises whatever pickling it raises."""
+        ...
+
+    def size(self, piece: Any) -> int:
+        """Return the bytes of one piece."""
+        ...
+
+    def block(self, pieces: Sequence[Any]) -> Block:
+        """Return encoded pieces as a block."""
+        ...
+
+    def scalars(self, items: list[Any]) -> Block:
+        """Return items, all of exact `SCALARS` types, as a block."""
+        ...
+
+    def decode(self, block: Block) -> list[Any]:
+        """Return a block's items; one that can't be decoded is an `Undecodable` in its place."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Undecodable:
+    """Stands for an item that could not be loaded."""
+
+    error: BaseException
+
+
+class PickleCodec:
+    """Each item is pickled by itself, at its yield; scalars as one list."""
+
+    def encode(self, item: Any) -> bytes:
+        """Return *item* pickled."""
+        return pickle.dumps(item, PROTOCOL)
+
+    def size(self, piece: bytes) -> int:
+        """Return the bytes of one piece."""
+        return len(piece)
+
+    def block(self, pieces: Sequence[bytes]) -> PackedObjects:
+        """Return pickled items as a block."""
+        return PackedObjects(b"".join(pieces), array("Q", accumulate(map(len, pieces))).tobytes())
+
+    def scalars(self, items: list[Any]) -> PackedBlock:
+        """Return scalars as a block; should one be something else after all, each is pickled by itself."""
+        if SCALARS.issuperset(map(type, items)):
+            return PackedScalars(pickle.dumps(items, PROTOCOL), len(items), 0, len(items))
+        return self.block([self.encode(item) for item in items])
+
+    def decode(self, block: Block) -> list[Any]:
+        """Return the items of a packed block."""
+        if isinstance(block, PackedScalars):
+            items: list[Any] = pickle.loads(block.body)
+            return items if block.count == block.total else items[block.low : block.high]
+        assert isinstance(block, PackedObjects)
+        body = memoryview(block.body)
+        loads = pickle.loads
+        low, items = 0, []
+        append: Callable[[Any], None] = items.append
+        try:
+            for end in block.positions():
+                high = end - block.base
+                append(loads(body[low:high]))
+                low = high
+        except BaseException as error:  # user code runs in loads: find the others one by one
+            append(Undecodable(error))
+            if len(items) < block.count:
+                items += self.decode(block.take(len(items), block.count))
+        return items
+
+
+class ReferenceCodec:
+    """Items are handed over as they are."""
+
+    def encode(self, item: Any) -> Any:
+        """Return *item* itself."""
+        return item
+
+    def size(self, piece: Any) -> int:  # noqa: ARG002  # the protocol's name
+        """Return 0: nothing is copied."""
+        return 0
+
+    def block(self, pieces: Sequence[Any]) -> References:
+        """Return the items as a block."""
+        return References(list(pieces))
+
+    def scalars(self, items: list[Any]) -> References:
+        """Return the items as a block."""
+        return References(items)
+
+    def decode(self, block: Block) -> list[Any]:
+        """Return the items."""
+        assert isinstance(block, References)
+        return block.items
+
+
+# ── frames ───────────────────────────────────────────────────────────────────
+
+
+def pack(message: Order | Said) -> list[Buffer]:
+    """Return the frame of *message* as buffers to be written one after the other."""
+    buffers: list[Buffer] = [b"", b""]
+    header = marshal.dumps(_PACKERS[type(message)](message, buffers))
+    buffers[0] = PREFIX.pack(MAGIC, len(header), sum(map(len, buffers)))
+    buffers[1] = header
+    return buffers
+
+
+def frame_length(start: Buffer) -> int | None:
+    """
+    Return the length of the frame that *start* begins, or None if its prefix is not whole yet.
+
+    Raises `BrokenChannel` if this is no frame of ours.
+    """
+    if len(start) < PREFIX.size:
+        return None
+    magic, header, body = PREFIX.unpack_from(start)
+    if magic != MAGIC:
+        raise BrokenChannel("garbage on the channel: a job wrote into a descriptor that is not its own?")
+    return PREFIX.size + int(header) + int(body)
+
+
+def unpack(frame: Buffer) -> Order | Said:
+    """Return the message of one whole frame. Blocks refer to *frame*'s memory, they don't copy it."""
+    view = memoryview(frame)
+    _, header_length, _ = PREFIX.unpack_from(view)
+    start = PREFIX.size + header_length
+    fields = marshal.loads(view[PREFIX.size : start])
+    return _UNPACKERS[fields[0]](fields, _Bodies(view, start))
+
+
+class _Bodies:
+    """Hands out the bodies of a frame in the order in which they were put in."""
+
+    __slots__ = ("at", "view")
+
+    def __init__(self, view: memoryview, at: int) -> None:
+        self.view = view
+        self.at = at
+
+    def next(self, length: int) -> memoryview:
+        at = self.at
+        self.at = at + length
+        return self.view[at : at + length]
+
+
+def _pack_block(block: Block, buffers: list[Buffer]) -> tuple[Any, ...]:
+    assert isinstance(block, PackedObjects | PackedScalars)
+    buffers.append(block.body)
+    return (len(block.body), *block.header())
+
+
+def _unpack_block(fields: Sequence[Any], bodies: _Bodies) -> PackedBlock:
+    length, kind, *rest = fields
+    body = bodies.next(length)
+    return PackedObjects(body, *rest) if kind == "o" else PackedScalars(body, *rest)
+
+
+def _pack_chunk(chunk: Chunk, buffers: list[Buffer]) -> tuple[Any, ...]:
+    parts = [
+        (part.first, part.attempt, part.delivery, part.keys, _pack_block(part.block, buffers))
+        for part in chunk.parts
+    ]
+    return ("c", chunk.number, chunk.count, parts)
+
+
+def _unpack_chunk(fields: Sequence[Any], bodies: _Bodies) -> Chunk:
+    _, number, count, parts = fields
+    return Chunk(
+        number,
+        tuple(
+            Part(first, _unpack_block(block, bodies), attempt, delivery, keys)
+            for first, attempt, delivery, keys, block in parts
+        ),
+        count,
+    )
+
+
+def _pack_answer(answer: Answer, buffers: list[Buffer]) -> tuple[Any, ...]:
+    outputs = [
+        (output.route, output.parents, output.keys, _pack_block(output.block, buffers))
+        for output in answer.outputs
+    ]
+    totals = answer.totals
+    return (
+        "a",
+        (answer.number, answer.final, answer.settled, answer.filtered),
+        [_fields(failure) for failure in answer.failures],
+        outputs,
+        (totals.done, totals.filtered, totals.failed, totals.emitted),
+        (answer.busy, answer.ended, answer.notes),
+    )
+
+
+def _unpack_answer(fields: Sequence[Any], bodies: _Bodies) -> Answer:
+    _, head, failures, outputs, totals, tail = fields
+    return Answer(
+        *head,
+        tuple(Failure(*failure) for failure in failures),
+        tuple(
+            Output(route, _unpack_block(block, bodies), parents, keys)
+            for route, parents, keys, block in outputs
+        ),
+        Totals(*totals),
+        *tail,
+    )
+
+
+def _fields(failure: Failure) -> tuple[Any, ...]:
+    return tuple(getattr(failure, name) for name in Failure.__slots__)
+
+
+_PACKERS: dict[type, Callable[[Any, list[Buffer]], tuple[Any, ...]]] = {
+    Chunk: _pack_chunk,
+    Grant: lambda grant, _: ("g", grant.number, grant.count, grant.nbytes),
+    Answer: _pack_answer,
+    Hello: lambda hello, _: ("h", hello.pid),
+    Bye: lambda bye, _: ("b", bye.problem),
+}
+_UNPACKERS: dict[str, Callable[[Sequence[Any], _Bodies], Order | Said]] = {
+    "c": _unpack_chunk,
+    "g": lambda fields, _: Grant(*fields[1:]),
+    "a": _unpack_answer,
+    "h": lambda fields, _: Hello(fields[1]),
+    "b": lambda fields, _: Bye(fields[1]),
+}
+
+
+def total_count(parts: Iterable[Part]) -> int:
+    """Return how many jobs *parts* hold."""
+    return sum(part.block.count for part in parts)
