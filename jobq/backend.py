@@ -36,16 +36,16 @@ Page: TypeAlias = MutableSequence[int]
 LIMIT = 0
 #: Word 1, the driver's: items that the next stage likes to get together.
 HINT = 1
-#: Word 2, the driver's: nanoseconds that a finished item may wait for company.
-LINGER = 2
-#: From word 3 on, two for each lane, the worker's: the ticket in hand, and when it began
+#: Word 2, the driver's: 1 once the run is being stopped (``job.stopping``).
+STOPPING = 2
+#: Word 3, the worker's: the number of the chunk whose items are being decoded (user code may run), or IDLE.
+DECODING = 3
+#: From word 4 on, two for each lane, the worker's: the ticket in hand or IDLE, and when it began
 #: (`time.monotonic_ns`; only where the stage has a time limit).
-LANES = 3
+LANES = 4
 
 #: Ticket in hand: nothing.
 IDLE = -1
-#: Added to a chunk's number and negated: the chunk's items are being decoded, no job has begun.
-DECODING = 2
 #: The limit word's value when nothing is taken back.
 NO_LIMIT = 2**62
 
@@ -59,7 +59,8 @@ def blank_page(page: Page) -> None:
     """Make *page* that of a worker that has not begun."""
     page[LIMIT] = NO_LIMIT
     page[HINT] = 1
-    page[LINGER] = 0
+    page[STOPPING] = 0
+    page[DECODING] = IDLE
     for word in range(LANES, len(page), 2):
         page[word] = IDLE
         page[word + 1] = 0
@@ -232,7 +233,7 @@ def serve(recipe: Recipe, port: Port) -> None:
 
 
 __all__: Sequence[str] = [
-    "DECODING", "HINT", "IDLE", "LANES", "LIMIT", "LINGER", "NO_LIMIT",
+    "DECODING", "HINT", "IDLE", "LANES", "LIMIT", "NO_LIMIT", "STOPPING",
     "Backend", "Page", "Plan", "Port", "Preload", "Recipe", "Waitable", "Work", "Worker",
     "blank_page", "page_words", "serve",
 ]  # fmt: skip

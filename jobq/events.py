@@ -36,7 +36,11 @@ class WorkerStarted:
 
 @dataclass(frozen=True, slots=True)
 class WorkerLostEvent:
-    """A worker ended without having been told to; its unfinished jobs go to others."""
+    """
+    A worker ended without having been told to; its unfinished jobs go to others.
+
+    ``delivery`` is the number of the next delivery of what was in hand, if there is one.
+    """
 
     stage: str
     worker: str
@@ -44,6 +48,8 @@ class WorkerLostEvent:
     reason: str
     in_hand: tuple[int, ...]
     put_back: int
+    delivery: int | None = None
+    max_deliveries: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +76,16 @@ class JobRetried:
 
 @dataclass(frozen=True, slots=True)
 class JobDead:
-    """A job was given up; the letter holds everything known of it."""
+    """
+    A job was given up; the letter holds everything known of it.
+
+    Its item as JSON where it has that form, else pickled: both were made where the item was.
+    """
 
     worker: str
     letter: DeadLetter
+    item_json: str | None = None
+    item_pickle: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)

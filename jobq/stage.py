@@ -6,14 +6,11 @@ import inspect
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from jobq.errors import PipelineError
-
-if TYPE_CHECKING:
-    import structlog
 
 Function: TypeAlias = Callable[..., Any]
 
@@ -34,7 +31,7 @@ class Job:
     job in hand. ``log`` is a structlog logger bound with run, stage, worker, job and attempt.
     """
 
-    __slots__ = ("_note", "_stopping", "attempt", "delivery", "id", "key", "log", "stage")
+    __slots__ = ("_log", "_make_log", "_note", "_stopping", "attempt", "delivery", "id", "key", "stage")
 
     def __init__(
         self,
@@ -44,7 +41,7 @@ class Job:
         attempt: int,
         delivery: int,
         key: str | None,
-        log: structlog.typing.BindableLogger,
+        log: Callable[[], Any],
         note: Callable[[float | None, float | None], None],
         stopping: Callable[[], bool],
     ) -> None:
@@ -53,9 +50,17 @@ class Job:
         self.attempt = attempt
         self.delivery = delivery
         self.key = key
-        self.log: Any = log  # Any: a bound logger has whatever methods its wrapper gives it
+        self._make_log = log
+        self._log: Any = None
         self._note = note
         self._stopping = stopping
+
+    @property
+    def log(self) -> Any:  # Any: a bound logger has whatever methods its wrapper gives it
+        """The job's logger, made when it is first asked for."""
+        if self._log is None:
+            self._log = self._make_log()
+        return self._log
 
     def total(self, n: float) -> None:
         """Say how many items this producer will give."""

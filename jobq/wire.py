@@ -18,6 +18,7 @@ import struct
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 from typing import Any, ClassVar, Protocol, TypeAlias
 
@@ -147,7 +148,24 @@ class References:
         return References(self.items[low:high])
 
 
-PackedBlock: TypeAlias = PackedObjects | PackedScalars
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """Items that nobody wants: only their number travels."""
+
+    count: int
+    nbytes: ClassVar[int] = 0
+    body: ClassVar[bytes] = b""
+
+    def take(self, low: int, high: int) -> Counted:
+        """Return so many."""
+        return Counted(high - low)
+
+    def header(self) -> tuple[Any, ...]:
+        """Return what the other side needs: the number."""
+        return ("n", self.count)
+
+
+PackedBlock: TypeAlias = PackedObjects | PackedScalars | Counted
 
 
 # ── what is said ─────────────────────────────────────────────────────────────
@@ -246,13 +264,13 @@ class Output:
 
     ``parents`` holds, as unsigned 32-bit numbers, the index in the chunk of the job that gave each
     item; None: one item for each settled job, in order. ``keys`` holds, for each taker of the route
-    that has a key, its place among the takers and the items' keys.
+    that has a key, its place among the takers and the items' keys (or ``("!", why)`` where there is none).
     """
 
     route: int
     block: Block
     parents: bytes | None = None
-    keys: tuple[tuple[int, tuple[str, ...]], ...] = ()
+    keys: tuple[tuple[int, tuple[Any, ...]], ...] = ()
 
     def parent_indices(self) -> array[int] | None:
         """Return ``parents`` as numbers."""
@@ -282,8 +300,8 @@ class Answer:
     """
     Jobs of chunk ``number`` are settled, and this is what they gave: one frame, so both count or neither.
 
-    ``settled`` are index ranges ``(low, high)`` of jobs that are done or filtered; failed ones are in
-    ``failures`` alone. ``final``: the chunk is answered whole, but for jobs that were taken back. For a
+    ``settled`` are index ranges ``(low, high)`` of jobs that are done or filtered (the indices of the
+    filtered ones are in ``filtered`` too); failed ones are in ``failures`` alone. ``final``: the chunk is answered whole, but for jobs that were taken back. For a
     producer ``settled`` counts items given under the grant, and ``ended`` says that there are no more.
     ``notes`` are what jobs said of their progress: ``(index, done, total)``.
     """
@@ -291,7 +309,7 @@ class Answer:
     number: int
     final: bool
     settled: tuple[tuple[int, int], ...] = ()
-    filtered: int = 0
+    filtered: tuple[int, ...] = ()
     failures: tuple[Failure, ...] = ()
     outputs: tuple[Output, ...] = ()
     totals: Totals = field(default_factory=Totals)
@@ -323,8 +341,9 @@ Said: TypeAlias = Answer | Hello | Bye
 class Codec(Protocol):
     """How a backend's workers turn items into blocks. Same-named methods of both codecs agree."""
 
-    def encode(self, item: Any) -> Any:
-        """Return *item* as it is now, as one piece; raises whatever pickling it raises."""
+    @property
+    def encode(self) -> Callable[[Any], Any]:
+        """Returns an item as it is now, as one piece; raises whatever pickling it raises."""
         ...
 
     def size(self, piece: Any) -> int:
@@ -354,9 +373,9 @@ class Undecodable:
 class PickleCodec:
     """Each item is pickled by itself, at its yield; scalars as one list."""
 
-    def encode(self, item: Any) -> bytes:
-        """Return *item* pickled."""
-        return pickle.dumps(item, PROTOCOL)
+    def __init__(self) -> None:
+        #: Return an item pickled. A partial, not a method: it is called for every item.
+        self.encode: Callable[[Any], bytes] = partial(pickle.dumps, protocol=PROTOCOL)
 
     def size(self, piece: bytes) -> int:
         """Return the bytes of one piece."""
@@ -470,13 +489,15 @@ class _Bodies:
 
 
 def _pack_block(block: Block, buffers: list[Buffer]) -> tuple[Any, ...]:
-    assert isinstance(block, PackedObjects | PackedScalars)
+    assert isinstance(block, PackedObjects | PackedScalars | Counted)
     buffers.append(block.body)
     return (len(block.body), *block.header())
 
 
 def _unpack_block(fields: Sequence[Any], bodies: _Bodies) -> PackedBlock:
     length, kind, *rest = fields
+    if kind == "n":
+        return Counted(*rest)
     body = bodies.next(length)
     return PackedObjects(body, *rest) if kind == "o" else PackedScalars(body, *rest)
 
@@ -519,8 +540,12 @@ def _pack_answer(answer: Answer, buffers: list[Buffer]) -> tuple[Any, ...]:
 
 def _unpack_answer(fields: Sequence[Any], bodies: _Bodies) -> Answer:
     _, head, failures, outputs, totals, tail = fields
+    number, final, settled, filtered = head
     return Answer(
-        *head,
+        number,
+        final,
+        settled,
+        filtered,
         tuple(Failure(*failure) for failure in failures),
         tuple(
             Output(route, _unpack_block(block, bodies), parents, keys)

@@ -1,0 +1,29 @@
+"""
+The command ``jobq``.
+
+Only click is imported before a command runs, so that ``jobq --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import click
+
+from jobq.cli.check import check, graph
+from jobq.cli.run import run
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="jobq")
+def main() -> None:
+    """
+    Run pipelines of typed producers and consumers.
+
+    TARGET is pipeline.py, pipeline.py:variable or package.module:variable.
+    """
+
+
+main.add_command(run)
+main.add_command(check)
+main.add_command(graph)
+
+__all__ = ["main"]

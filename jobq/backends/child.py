@@ -1,0 +1,270 @@
+"""
+What a worker process does, from its first instruction to its last.
+
+    set up signals and name ─ load the recipe ─ Hello ─ serve ─ Bye ─ flush ─ leave by os._exit
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import faulthandler
+import fcntl
+import gc
+import io
+import multiprocessing
+import multiprocessing.util
+import os
+import pickle
+import select
+import signal
+import sys
+import traceback
+from collections.abc import Iterable
+from dataclasses import dataclass
+from multiprocessing import reduction
+from typing import Any, NoReturn, Protocol
+
+from jobq.backend import Port, Preload, Recipe, serve
+from jobq.backends.channel import Incoming, SharedPage, write_whole
+from jobq.errors import EndOfChannel
+from jobq.wire import MAGIC, PREFIX, Answer, Bye, Codec, Hello, Order, PickleCodec, Said, pack, unpack
+
+#: A frame without header and body: no more orders come.
+END_FRAME = PREFIX.pack(MAGIC, 0, 0)
+#: Exit code of a worker whose job closed or replaced the channel's descriptors.
+CHANNEL_GONE = 76
+#: Linux's number; the `fcntl` module of 3.11 doesn't have the name.
+F_SETSIG = 10
+
+
+class Descriptor:
+    """A descriptor that can be an argument of a process under forkserver and spawn."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _adopt, (reduction.DupFd(self.fd),)
+
+
+def _adopt(duplicate: Any) -> Descriptor:
+    fd = duplicate.detach()
+    os.set_inheritable(fd, False)
+    return Descriptor(fd)
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """The worker's ends of its channel, and the pipe that breaks when its driver dies."""
+
+    inbox: Descriptor
+    outbox: Descriptor
+    page: Descriptor
+    lifeline: Descriptor
+
+
+class Speaker(Port, Protocol):
+    """A port that can say more than answers."""
+
+    def say(self, said: Said) -> None:
+        """Hand over one thing, whole."""
+        ...
+
+
+class ChannelPort:
+    """The worker's end of a channel of bytes."""
+
+    def __init__(self, ends: Ends) -> None:
+        self.codec: Codec = PickleCodec()
+        self._memory = SharedPage(ends.page.fd)
+        self.page = self._memory.words
+        os.close(ends.page.fd)
+        self._incoming = Incoming(ends.inbox.fd)
+        self._outbox = ends.outbox.fd
+        self._pid = os.getpid()
+        self._files = self._look()
+        self._greeted = False
+
+    def receive_recipe(self) -> Recipe:
+        """Return the recipe that the driver sent ahead of the orders."""
+        recipe: Recipe = pickle.loads(self._receive_frame()[PREFIX.size :])
+        return recipe
+
+    def receive(self) -> Order:
+        """Return the next order, waiting for it; the first call says that the worker is up."""
+        if not self._greeted:
+            self._greeted = True
+            self.say(Hello(self._pid))
+        return unpack(self._receive_frame())  # type: ignore[return-value]  # the driver sends orders only
+
+    def send(self, answer: Answer) -> None:
+        """Write one answer, whole."""
+        self.say(answer)
+
+    def say(self, said: Said) -> None:
+        """Write one frame, whole."""
+        buffers = pack(said)
+        self._check()
+        try:
+            write_whole(self._outbox, buffers)
+        except BrokenPipeError:
+            os._exit(1)  # the driver is gone: there is nobody to tell
+
+    def _receive_frame(self) -> memoryview:
+        incoming = self._incoming
+        while (frame := incoming.frame()) is None:
+            self._check()
+            if not incoming.read():
+                raise EndOfChannel
+        if len(frame) == PREFIX.size:
+            raise EndOfChannel
+        return frame
+
+    def _check(self) -> None:
+        # A job may have forked and come back twice, or closed descriptors whose numbers now name the
+        # user's own files. Neither may read or write here; both checks take about a microsecond.
+        if os.getpid() != self._pid:
+            os._exit(0)
+        if self._look() != self._files:
+            os._exit(CHANNEL_GONE)
+
+    def _look(self) -> tuple[int, ...] | None:
+        try:
+            inbox, outbox = os.fstat(self._incoming.fd), os.fstat(self._outbox)
+        except OSError:
+            return None
+        return inbox.st_dev, inbox.st_ino, outbox.st_dev, outbox.st_ino
+
+
+def attend(recipe: Recipe, port: Speaker) -> None:
+    """Serve until the driver wants no more, and say goodbye, with the reason if there is one."""
+    problem: str | None = None
+    try:
+        serve(recipe, port)
+    except BaseException:  # user code opened and closed things; whatever it raised is the last word
+        problem = traceback.format_exc()
+    port.say(Bye(problem))
+
+
+def main(
+    ends: Ends,
+    *,
+    daemon: bool,
+    preload: Preload | None = None,
+    recipe: Recipe | None = None,
+    inherited: Iterable[io.IOBase] = (),
+) -> NoReturn:
+    """
+    Be a worker.
+
+    A recipe that isn't given comes over the inbox, pickled. *inherited* are the driver's open files, of which
+    the worker has copies.
+    """
+    try:
+        set_up(ends.lifeline.fd, daemon=daemon)
+        port = ChannelPort(ends)
+        if recipe is None:
+            try:
+                if preload is not None:
+                    from jobq.load import load_preload
+
+                    load_preload(preload)
+                recipe = port.receive_recipe()
+            except EndOfChannel:
+                leave()
+            except BaseException:  # user code is imported
+                port.say(Bye(traceback.format_exc()))
+                leave()
+        attend(recipe, port)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    leave(inherited)
+
+
+def set_up(lifeline: int, *, daemon: bool) -> None:
+    """Make this process a worker: deaf to Ctrl-C, dead when its driver is."""
+    die_with(lifeline)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    signal.set_wakeup_fd(-1)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    if not faulthandler.is_enabled():
+        with contextlib.suppress(OSError, ValueError):
+            faulthandler.enable(2)
+    # The driver starts every worker as a daemon, since it ends them itself; what multiprocessing
+    # allows *in* the worker is decided here.
+    multiprocessing.current_process()._config["daemon"] = daemon  # type: ignore[attr-defined]
+
+
+def die_with(lifeline: int) -> None:
+    """
+    Have the kernel kill this process when the pipe *lifeline* loses its last writer.
+
+    Works while user code is busy, without a thread, whichever thread of the driver started us. Where the
+    system can't do it, the worker sees the end of its inbox instead, after the job in hand.
+    """
+    try:
+        # A signal's owner belongs to the open file, which siblings share: open our own.
+        own = os.open(f"/proc/self/fd/{lifeline}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(own, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(own, F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(own, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
+        os.close(lifeline)
+    poll = select.poll()
+    poll.register(own, select.POLLIN)
+    if poll.poll(0):  # it broke before we listened
+        os._exit(1)
+
+
+def leave(inherited: Iterable[io.IOBase] = ()) -> NoReturn:
+    """
+    End this process, leaving nothing in a buffer.
+
+    Runs what the worker registered with `atexit`, flushes *inherited* files and those it opened itself, and
+    waits for no thread.
+    """
+    for step in (atexit._run_exitfuncs, multiprocessing.util._exit_function):  # type: ignore[attr-defined]
+        try:
+            step()
+        except BaseException:  # user code
+            traceback.print_exc()
+    flush((*open_files(), *inherited, sys.stdout, sys.stderr))
+    os._exit(0)
+
+
+def open_files() -> list[io.IOBase]:
+    """
+    Return the files that are open in this process, those first that write through others.
+
+    Objects that were frozen (what a worker has from its driver) are not listed.
+    """
+    # IOBase itself is an abstract class, whose subclass check is ten times as slow as its base's.
+    base = io.IOBase.__bases__[0]
+    files = [thing for thing in gc.get_objects() if issubclass(type(thing), base)]
+    return sorted(files, key=lambda file: not isinstance(file, io.TextIOBase))
+
+
+def flush(files: Iterable[Any]) -> None:
+    """Write out what is in the buffers of *files*; what can't be written is left."""
+    for file in files:
+        with contextlib.suppress(BaseException):  # user classes; closed files
+            file.flush()
+
+
+def describe_exit(code: int) -> str:
+    """Return an exit code, negative for a signal, as the end of a sentence."""
+    if code < 0:
+        try:
+            return f"was killed by {signal.Signals(-code).name}"
+        except ValueError:
+            return f"was killed by signal {-code}"
+    if code == CHANNEL_GONE:
+        return f"exited with code {code}: a job closed descriptors that are not its own"
+    return f"exited with code {code}"

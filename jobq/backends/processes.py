@@ -1,0 +1,383 @@
+"""
+Workers that are processes: what `pipe`, `sentinel` and `joinable` share, which is all but the inbox.
+
+A worker's death is told by the kernel (its parent's `waitpid`, or a pidfd), never by the end of a pipe, which
+a grandchild may hold open. After it, whatever the worker had written whole still counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import selectors
+import sys
+import threading
+import time
+import weakref
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import ClassVar, Protocol
+
+from jobq.backend import Plan, Waitable, blank_page, page_words
+from jobq.backends.channel import Incoming, Outgoing, SharedPage, close, make_page_file, widen
+from jobq.backends.launcher import Launcher
+from jobq.backends.nursery import Nursery, NurseryLost
+from jobq.errors import BackendUnavailable, BrokenChannel, EndOfChannel
+from jobq.wire import MAGIC, PREFIX, Answer, Bye, Codec, Order, PickleCodec, Said, unpack
+
+START_METHODS = ("auto", "fork", "forkserver", "spawn")
+
+
+class Inbox(Protocol):
+    """The driver's side of one worker's inbox; no method waits."""
+
+    stream: Outgoing
+
+    def put(self, order: Order) -> None:
+        """Take an order for delivery."""
+        ...
+
+    def answered(self) -> None:
+        """Note that an order was answered for good."""
+        ...
+
+    def end(self) -> None:
+        """Tell the worker, after all it was sent, that no more comes."""
+        ...
+
+    def abandon(self) -> None:
+        """Settle what the worker can't any more, and close. Idempotent."""
+        ...
+
+
+class Process(Protocol):
+    """One worker process. ``fd`` is readable when it has ended."""
+
+    pid: int
+    fd: int
+
+    def ended(self) -> str | None:
+        """Return how it ended ("was killed by SIGKILL"), or None while it runs."""
+        ...
+
+    def kill(self) -> None:
+        """Kill it if it still runs."""
+        ...
+
+    def release(self) -> None:
+        """Let nothing remain of it. Idempotent."""
+        ...
+
+    def forget(self) -> None:
+        """Close the descriptors only. Idempotent."""
+        ...
+
+
+class ProcessWorker:
+    """The driver's end of the channel to one process."""
+
+    def __init__(self, name: str, inbox: Inbox, outbox: int, page: SharedPage, process: Process) -> None:
+        self.name = name
+        self.pid: int | None = process.pid
+        self.page = page.words
+        self._inbox = inbox
+        self._stream = inbox.stream
+        self._outbox = Incoming(outbox)
+        self._memory = page
+        self._process = process
+        self._closing = False
+        self._silent = False  # nothing more can be read
+        self._raised = False
+        self._bye: Bye | None = None
+        self._problem: str | None = None
+        self._listening: tuple[Waitable, ...] = (
+            Waitable(outbox, selectors.EVENT_READ),
+            Waitable(process.fd, selectors.EVENT_READ),
+        )
+        self._writing: tuple[Waitable, ...] = (
+            *self._listening,
+            Waitable(self._stream.fd, selectors.EVENT_WRITE),
+        )
+
+    @property
+    def waitables(self) -> tuple[Waitable, ...]:
+        """What to wait for before calling `receive` again."""
+        return self._writing if self._stream.pending else self._listening
+
+    def send(self, order: Order) -> None:
+        """Take *order* for delivery."""
+        self._inbox.put(order)
+
+    def receive(self) -> Said | None:
+        """Return the next whole thing the worker said; raise its end once."""
+        if self._stream.pending:
+            self._stream.flush()
+        said = self._hear()
+        if said is None and not self._outbox.dry and not self._raised:
+            how = self._process.ended()
+            if how is not None:
+                # What it wrote between our last look and its death still counts.
+                said = self._hear()
+                if said is None:
+                    self._raise_end(how)
+        self._outbox.dry = False
+        return said
+
+    def close(self) -> None:
+        """Tell the worker that no more orders come."""
+        if not self._closing:
+            self._closing = True
+            self._inbox.end()
+
+    def kill(self) -> None:
+        """Kill the process; `receive` raises its end."""
+        self._process.kill()
+
+    def release(self) -> None:
+        """Close the descriptors and unmap the page. Idempotent."""
+        self._raised = True
+        self._inbox.abandon()
+        self._process.release()
+        self._memory.release()
+        self.forget()
+
+    def forget(self) -> None:
+        """Close the descriptors only: this is a copy of the driver's process. Idempotent."""
+        self._raised = True
+        self._silence()
+        self._stream.abandon()
+        fd, self._outbox.fd = self._outbox.fd, -1
+        close(fd)
+        self._process.forget()
+
+    def _hear(self) -> Said | None:
+        if self._silent:
+            return None
+        outbox = self._outbox
+        try:
+            while (frame := outbox.frame()) is None:
+                if outbox.dry:
+                    return None
+                if not outbox.read():
+                    self._fall_silent()
+                    return None
+            said = unpack(frame)
+        except BlockingIOError:
+            return None
+        except BrokenChannel as error:
+            self._break(str(error))
+            return None
+        except Exception as error:  # bytes that no worker of ours writes
+            self._break(f"said what can't be read ({type(error).__name__}: {error})")
+            return None
+        if type(said) is Answer:
+            if said.final:
+                self._inbox.answered()
+        elif type(said) is Bye:
+            self._bye = said
+        return said  # type: ignore[return-value]  # the worker sends no orders
+
+    def _fall_silent(self) -> None:
+        self._silence()
+        if self._bye is None:
+            # It is dying, or a job has closed its descriptors: then nobody will ever hear of it again.
+            self._process.kill()
+
+    def _break(self, problem: str) -> None:
+        self._problem = problem
+        self._silence()
+        self._process.kill()
+
+    def _silence(self) -> None:
+        if not self._silent:
+            self._silent = True
+            self._outbox.dry = False
+            self._listening = self._listening[1:]
+            self._writing = self._writing[1:]
+
+    def _raise_end(self, how: str) -> None:
+        self._raised = True
+        self._inbox.abandon()
+        if self._problem is not None:
+            raise BrokenChannel(self._problem)
+        if self._bye is None:
+            raise BrokenChannel(f"{how} in the middle of its work" if how.startswith("exited") else how)
+        if self._bye.problem is not None:
+            raise BrokenChannel(self._bye.problem)
+        if not self._closing:
+            raise BrokenChannel(f"{how} without having been told to end")
+        raise EndOfChannel
+
+
+class ProcessBackend:
+    """Starts worker processes. A subclass names itself and makes inboxes."""
+
+    name: ClassVar[str]
+    own_thread: ClassVar[bool] = True
+
+    def __init__(self, plan: Plan) -> None:
+        self.codec: Codec = PickleCodec()
+        self._plan = plan
+        self._method = choose_start_method(plan.start_method)
+        self._workers: list[ProcessWorker] = []
+        self._nursery: Nursery | None = None
+        self._launcher: Launcher | None = None
+        if self._method == "fork":
+            self._nursery = Nursery(plan)
+        else:
+            self._launcher = Launcher(plan, self._method)
+        _forget_in_children(self)
+
+    @property
+    def start_method(self) -> str:
+        """How workers are started in fact."""
+        return self._method
+
+    @abstractmethod
+    def make_inbox(self) -> Inbox:
+        """Return an empty inbox."""
+
+    def start(self, name: str, recipe: str) -> ProcessWorker:
+        """
+        Start a worker; don't wait for its `Hello`.
+
+        Raises `OSError` where the system refuses a process or a descriptor: trying later may help.
+        """
+        with contextlib.ExitStack() as undo:
+            inbox = self.make_inbox()
+            undo.callback(inbox.abandon)
+            outbox, theirs = os.pipe()
+            undo.callback(os.close, outbox)
+            with contextlib.ExitStack() as given:
+                given.callback(os.close, theirs)
+                memory = make_page_file(page_words(self._plan.recipes[recipe].lanes))
+                given.callback(os.close, memory)
+                page = SharedPage(memory)
+                undo.callback(page.release)
+                blank_page(page.words)
+                os.set_blocking(outbox, False)
+                widen(outbox)
+                descriptors = [inbox.stream.reader.fileno(), theirs, memory]
+                process = self._launch(name, recipe, descriptors, inbox)
+            undo.pop_all()
+        worker = ProcessWorker(name, inbox, outbox, page, process)
+        self._workers = [other for other in self._workers if not other._raised]
+        self._workers.append(worker)
+        return worker
+
+    def close(self) -> None:
+        """Kill what still runs and leave nothing behind. Idempotent."""
+        for worker in self._workers:
+            worker.kill()
+        if self._nursery is not None:
+            self._nursery.close()
+        if self._launcher is not None:
+            self._launcher.close()
+        for worker in self._workers:
+            worker.release()
+        self._workers = []
+
+    def _launch(self, name: str, recipe: str, descriptors: list[int], inbox: Inbox) -> Process:
+        if self._nursery is not None:
+            try:
+                return self._nursery.start(name, recipe, descriptors)
+            except NurseryLost:
+                self._replace_nursery()
+                return self._nursery.start(name, recipe, descriptors)
+        assert self._launcher is not None
+        process = self._launcher.start(name, recipe, descriptors)
+        pickled = self._launcher.recipes[recipe]
+        inbox.stream.write([PREFIX.pack(MAGIC, 0, len(pickled)), pickled])
+        return process
+
+    def forget(self) -> None:
+        """Close the descriptors only: this is a copy of the driver's process. Idempotent."""
+        for worker in self._workers:
+            worker.forget()
+        if self._nursery is not None:
+            self._nursery.forget()
+        if self._launcher is not None:
+            self._launcher.close()
+        self._workers = []
+
+    def _replace_nursery(self) -> None:
+        assert self._nursery is not None
+        self._nursery.close()
+        if threads_run():
+            raise BackendUnavailable(
+                "the process that forks the workers was killed, and forking another is not safe "
+                "while threads run; start_method='forkserver' can't lose it"
+            )
+        self._nursery = Nursery(self._plan)
+
+
+_backends: weakref.WeakSet[ProcessBackend] = weakref.WeakSet()
+_hooked = False
+
+
+def _forget_in_children(backend: ProcessBackend) -> None:
+    """
+    Have whatever this process forks from now on close *backend*'s descriptors.
+
+    A child that kept the writing end of an inbox would keep its worker from seeing the end of work, and
+    one that kept the lifeline would keep the workers alive.
+    """
+    global _hooked  # noqa: PLW0603  # the hook can't be taken back, so it is set once
+    _backends.add(backend)
+    if not _hooked:
+        _hooked = True
+        os.register_at_fork(after_in_child=_forget_all)
+
+
+def _forget_all() -> None:
+    for backend in list(_backends):
+        backend.forget()
+    _backends.clear()
+
+
+def choose_start_method(asked: str) -> str:
+    """
+    Return how workers will be started: *asked*, or for "auto" fork where that is safe, else forkserver.
+
+    Forking is unsafe while other threads run, whether or not Python started them: a lock that one of
+    them holds stays locked in the child.
+    """
+    if asked not in START_METHODS:
+        raise BackendUnavailable(f"there is no start method {asked!r}; known are {', '.join(START_METHODS)}.")
+    if asked != "auto":
+        return asked
+    return "fork" if sys.platform == "linux" and not threads_run() else "forkserver"
+
+
+def threads_run() -> bool:
+    """Return whether this process has threads besides the calling one."""
+    if threading.active_count() > 1:
+        return True
+    # A thread that was joined may take a moment to be gone; one of a C library stays.
+    for _ in range(10):
+        if _count_tasks() <= 1:
+            return False
+        time.sleep(0.001)
+    return True
+
+
+def _count_tasks() -> int:
+    try:
+        return len(os.listdir("/proc/self/task"))  # noqa: PTH208
+    except OSError:
+        return 1
+
+
+@contextlib.contextmanager
+def semaphores() -> Iterator[None]:
+    """Say what is missing where the system has no semaphores to give."""
+    try:
+        yield
+    except (ImportError, OSError) as error:
+        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise  # of these there may be more later
+        raise BackendUnavailable(
+            f"this backend's queues need POSIX semaphores: {error}. "
+            "Is /dev/shm full or missing? The backend 'pipe' needs none."
+        ) from error

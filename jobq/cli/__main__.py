@@ -1,0 +1,5 @@
+"""``python -m jobq.cli`` is ``jobq``."""
+
+from jobq.cli import main
+
+main(prog_name="jobq")

@@ -1,0 +1,195 @@
+"""``jobq run``: the options of a run from the command line and the environment, and its exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from jobq.cli.ending import exit_code, explained, flush_stdout, say
+
+if TYPE_CHECKING:
+    from jobq.load import Loaded
+    from jobq.options import RunOptions
+    from jobq.outcome import Outcome
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+_INPUT = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
+_DEAD_LETTERS = click.Path(dir_okay=False, writable=True, path_type=Path)
+_OUTPUT = click.Path(dir_okay=False, writable=True, allow_dash=True, path_type=Path)
+
+
+def _option(*names: str, **settings: Any) -> Callable[[_Command], _Command]:
+    """Return a click option that an environment variable named after its long form can give."""
+    long = next(name for name in names if name.startswith("--")).partition("/")[0]
+    variable = "JOBQ_" + long.removeprefix("--").replace("-", "_").upper()
+    return click.option(*names, envvar=variable, show_envvar=True, **settings)
+
+
+def _read_params(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
+    params = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise click.BadParameter(f"{text!r} is not NAME=VALUE.")
+        params[name] = value
+    return params
+
+
+def _read_workers(
+    _: click.Context, __: click.Parameter, given: tuple[str, ...]
+) -> int | dict[str, int] | None:
+    by_stage: dict[str, int] = {}
+    for text in given:
+        stage, _equals, count = text.rpartition("=")
+        if not count.isascii() or not count.isdigit() or int(count) < 1:
+            raise click.BadParameter(f"{text!r} is neither N nor STAGE=N, with N at least 1.")
+        by_stage[stage] = int(count)
+    if "" in by_stage and len(by_stage) > 1:
+        raise click.BadParameter("give either N for all consumers or STAGE=N for some, not both.")
+    return by_stage.get("", by_stage or None)
+
+
+def _in_a_folder(_: click.Context, __: click.Parameter, given: Path | None) -> Path | None:
+    if given is not None and not given.parent.is_dir():
+        raise click.BadParameter(f"there is no folder {given.parent}.")
+    return given
+
+
+@click.command()
+@click.argument("target")
+@_option(
+    "-p", "--param", "params", multiple=True, metavar="NAME=VALUE", callback=_read_params,
+    help="A parameter of the run. Repeatable.",
+)  # fmt: skip
+@_option("-b", "--backend", metavar="NAME", help="How workers run and are reached.  [default: joinable]")
+@_option(
+    "--start-method", type=click.Choice(["auto", "fork", "forkserver", "spawn"]),
+    help="How processes are started.  [default: auto]",
+)  # fmt: skip
+@_option(
+    "-w", "--workers", multiple=True, metavar="N|STAGE=N", callback=_read_workers,
+    help="Consumers' workers, for all or by stage. Repeatable.",
+)  # fmt: skip
+@_option(
+    "--input", type=_INPUT, metavar="FILE|-", help="JSON lines in place of the producers (-: standard input)."
+)
+@_option(
+    "-o",
+    "--output",
+    type=_OUTPUT,
+    metavar="FILE|-",
+    callback=_in_a_folder,
+    help="Results as JSON lines (-: standard output).",
+)
+@_option("-x", "--fail-fast", is_flag=True, default=None, help="Start nothing new after a dead letter.")
+@_option("--max-failures", type=click.IntRange(min=1), help="Start nothing new after so many dead letters.")
+@_option(
+    "--dead-letters", type=_DEAD_LETTERS, metavar="FILE", callback=_in_a_folder,
+    help="Dead letters as JSON lines.  [default: PIPELINE-RUNID.dead.jsonl]",
+)  # fmt: skip
+@_option(
+    "--shutdown-timeout", type=click.FloatRange(min=0), metavar="SECONDS",
+    help="How long a stop may take to finish what was begun.  [default: 30]",
+)  # fmt: skip
+@_option("--progress/--no-progress", default=None, help="A live line per stage.  [default: on a terminal]")
+@_option("-q", "--quiet", is_flag=True, help="Errors only.")
+@_option("-v", "--verbose", is_flag=True, help="Debug messages too.")
+@_option(
+    "--log-level", type=click.Choice(["debug", "info", "warning", "error", "critical"]),
+    help="[default: info]",
+)  # fmt: skip
+@_option(
+    "--log-format", type=click.Choice(["console", "json"]),
+    help="[default: console on a terminal, else json]",
+)  # fmt: skip
+def run(target: str, params: dict[str, str], quiet: bool, verbose: bool, **given: Any) -> None:
+    """Run the pipeline TARGET."""
+    with explained():
+        from jobq.load import load_target
+
+        to_stdout = given["output"] == Path("-")
+        output_fd = _claim_stdout() if to_stdout else None
+        loaded = load_target(target)
+        options = _read_options(given, loaded.pipeline._defaults, quiet=quiet, verbose=verbose)
+        outcome = _execute(loaded, options, params, output_fd)
+        _conclude(outcome, options, quiet=quiet)
+    flush_stdout()
+    sys.exit(exit_code(outcome))
+
+
+def _read_options(
+    given: Mapping[str, Any], defaults: Mapping[str, Any], *, quiet: bool, verbose: bool
+) -> RunOptions:
+    """Return the options of the run: what was given, else the pipeline's defaults, else our own."""
+    from jobq.observe.dead_file import DEFAULT_NAME
+    from jobq.observe.log import is_terminal
+    from jobq.options import read_run_options
+
+    terminal = is_terminal(sys.stderr)
+    usual = {
+        "log_level": "info",
+        "log_format": "console" if terminal else "json",
+        "dead_letters": Path(DEFAULT_NAME),
+        "progress": True,
+    }
+    stated = {name: value for name, value in given.items() if value is not None}
+    if quiet or verbose:
+        stated.setdefault("log_level", "error" if quiet else "debug")
+    options = usual | dict(defaults) | stated
+    options["progress"] = options["progress"] and terminal and not quiet
+    return read_run_options(options)
+
+
+def _claim_stdout() -> int:
+    """
+    Return a descriptor for what was standard output; that goes to standard error from now on.
+
+    So what users' code prints, here and in workers, can't get between the results.
+    """
+    try:
+        sys.stdout.flush()
+        claimed = os.dup(1)
+        os.dup2(2, 1)
+    except (OSError, AttributeError) as error:
+        raise click.UsageError("-o - needs a standard output, and it is closed.") from error
+    return claimed
+
+
+def _execute(loaded: Loaded, options: RunOptions, params: dict[str, str], output_fd: int | None) -> Outcome:
+    from jobq.observe import observing
+
+    with observing(options) as observers:
+        outcome: Outcome = loaded.pipeline.execute(
+            options,
+            dict(params),
+            texts=True,
+            observers=observers,
+            preload=loaded.preload,
+            target=loaded.target,
+            output_fd=output_fd,
+        )
+    return outcome
+
+
+def _conclude(outcome: Outcome, options: RunOptions, *, quiet: bool) -> None:
+    """Say what became of the run on standard error."""
+    from jobq.observe.dead_file import dead_letter_path
+    from jobq.observe.summary import summary
+    from jobq.observe.text import write
+
+    report = outcome.report
+    if not quiet:
+        assert options.dead_letters is not None  # the command line has a default
+        file = dead_letter_path(options.dead_letters, pipeline=report.pipeline, run=report.run)
+        shown = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
+        write(sys.stderr, summary(report, shown if file.exists() else None) + "\n")
+    if outcome.gave_up is not None:
+        say(outcome.gave_up)
+    if outcome.unbalanced is not None:
+        say(f"{outcome.unbalanced}\n  The books don't balance: a bug in jobq, please report it.")

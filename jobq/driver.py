@@ -1,0 +1,660 @@
+"""
+The loop that takes every decision of a run, in one thread.
+
+    wait ─> receive ─> scheduler.settle ─> tell (events) ─> dispatch: scheduler.take, grant ─> wait …
+
+It runs no user code and decodes no items. It waits in one place, for descriptors of workers (answers and
+deaths), of the sink, and of whoever wants to wake it (signals, other threads); every wait has an end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import selectors
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from jobq import events
+from jobq.backend import HINT, Backend, Waitable
+from jobq.errors import BackendUnavailable, BrokenChannel, EndOfChannel
+from jobq.pool import CRASH_LIMIT, SLOW_SECONDS, Member, Pool
+from jobq.report import StageCounts
+from jobq.scheduler import CHUNK_JOBS, Dead, Line, Retried, Scheduler
+from jobq.wire import Answer, Chunk, Hello, Part
+
+if TYPE_CHECKING:
+    from jobq.results import Sink
+
+#: While the run is being stopped, a producer that does not come back to its yield is waited for so long
+#: beyond everything else.
+PRODUCER_GRACE_SECONDS = 1.0
+#: How often those who listen hear of the counts, in seconds.
+TICK_SECONDS = 0.1
+
+FINISH, STOP, KILL = 1, 2, 3
+
+
+@dataclass(slots=True)
+class Ending:
+    """Why and how the run is being ended before its time."""
+
+    level: int = 0
+    signal: int | None = None
+    gave_up: str | None = None
+    halted: bool = False  # max_failures: jobs in progress finish, the rest is cancelled
+    interrupted: bool = False  # producers had more to give, or work was left undone
+    deadline: float = math.inf
+    since: float = math.inf
+
+
+@dataclass(slots=True)
+class Cancelled:
+    """Jobs that never came to their end, to be made letters of at leisure."""
+
+    stage: str
+    parts: list[Part] = field(default_factory=list)
+
+
+class Driver:
+    """One run: give it its parts, call `run`, then read the scheduler's books."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        backend: Backend,
+        sizes: dict[str, int],
+        sink: Sink,
+        tell: Callable[[events.Event], None],
+        *,
+        shutdown_timeout: float = 30.0,
+        failure_limit: int | None = None,
+        letter: Callable[[Dead], events.JobDead],
+        ticking: bool = False,
+    ) -> None:
+        self.scheduler = scheduler
+        self.sink = sink
+        self.ending = Ending()
+        self.cancelled: list[Cancelled] = []
+        self._backend = backend
+        self._tell = tell
+        self._letter = letter
+        self._shutdown_timeout = shutdown_timeout
+        self._failure_limit = failure_limit
+        self._ticking = ticking
+        self._began = time.monotonic()
+        self._next_tick = self._began
+        self._selector = selectors.DefaultSelector()
+        self._sink_watched: Waitable | None = None
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_read, False)
+        os.set_blocking(self._wake_write, False)
+        self._selector.register(self._wake_read, selectors.EVENT_READ, None)
+        self._closing = False
+        self._abandoned = False
+        self._requested: list[int] = []
+        self._checks: dict[str, float] = {}
+        scheduler.results_room = lambda: sink.room
+        self.pools = {
+            name: Pool(line, backend, sizes[name], self._started) for name, line in scheduler.lines.items()
+        }
+        self._producers = [pool for pool in self.pools.values() if pool.line.is_producer]
+        self._consumers = [pool for pool in self.pools.values() if not pool.line.is_producer]
+
+    # ── from outside ─────────────────────────────────────────────────────────
+
+    @property
+    def wake_fd(self) -> int:
+        """A non-blocking descriptor that wakes the loop when a byte is written to it."""
+        return self._wake_write
+
+    def wake(self) -> None:
+        """Make the loop look again. Safe from any thread and from signal handlers."""
+        with contextlib.suppress(BlockingIOError):  # full: it will wake anyway
+            os.write(self._wake_write, b"\0")
+
+    def request_stop(self, signal: int | None = None) -> None:
+        """Ask for the next step of the ladder: finish, stop, kill. Safe from signal handlers."""
+        self._requested.append(signal or 0)
+        self.wake()
+
+    def abandon(self) -> None:
+        """Stop at once: nobody wants what is left. Jobs in flight and queued are cancelled."""
+        self._abandoned = True
+        self.wake()
+
+    # ── the loop ─────────────────────────────────────────────────────────────
+
+    def run(self) -> None:
+        """Work until everything is settled and every worker is gone."""
+        try:
+            self.begin()
+            while not self.step():
+                pass
+        finally:
+            self.release()
+
+    def begin(self) -> None:
+        """Start every worker."""
+        for pool in self.pools.values():
+            pool.start()
+
+    def step(self) -> bool:
+        """Wait for the next thing to happen and deal with it; return whether the run has ended."""
+        for key, _ in self._selector.select(self._patience()):
+            if isinstance(key.data, Member):
+                if not key.data.gone:  # its answer and its death may be told in one wait
+                    self._hear(key.data)
+            elif key.fd == self._wake_read:
+                self._drain_wakeups()
+        self._advance()
+        return self._closing and not any(pool.members for pool in self.pools.values())
+
+    def _advance(self) -> None:
+        """Do everything that can be done now."""
+        now = time.monotonic()
+        while self._requested:
+            self._escalate(self._requested.pop(0), now)
+        if self._abandoned and self.ending.level < STOP:
+            self.ending.level = STOP
+            self._stop_now()
+        self._watch_sink()
+        if self.ending.level:
+            self._press(now)
+        if not self._closing:
+            if not self.ending.halted:
+                self._dispatch(now)
+            self._conclude(now)
+        elif now >= self.ending.deadline:
+            self._kill_all()
+        if self._ticking and now >= self._next_tick:
+            self._next_tick = now + TICK_SECONDS
+            self._tell(events.Tick(now - self._began, self.counts()))
+
+    def _patience(self) -> float | None:
+        """Return the seconds until something is due by itself; None: nothing is."""
+        due = self.ending.deadline
+        if not self._closing:
+            for pool in self._consumers:
+                line = pool.line
+                if line.delayed:
+                    due = min(due, line.delayed[0][0])
+                if line.batch is not None and line.oldest is not None:
+                    due = min(due, line.oldest + line.node.stage.consumer.batch_timeout)
+            for at in self._checks.values():
+                due = min(due, at)
+            if self.ending.level:
+                due = min(due, self.ending.since + PRODUCER_GRACE_SECONDS)
+        if self._ticking:
+            due = min(due, self._next_tick)
+        return None if due == math.inf else max(0.0, due - time.monotonic())
+
+    def _drain_wakeups(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self._wake_read, 4096):
+                pass
+
+    # ── what workers say ─────────────────────────────────────────────────────
+
+    def _started(self, member: Member) -> None:
+        self._watch(member)
+        if self.ending.level:
+            member.pool.stop_giving()
+        worker = member.worker
+        self._tell(events.WorkerStarted(member.pool.line.name, worker.name, worker.pid))
+
+    def _watch(self, member: Member) -> None:
+        """Wait for what the worker wants us to wait for now."""
+        waitables = member.worker.waitables
+        if waitables is member.registered:
+            return
+        old = {one.fd: one.events for one in member.registered}
+        new = {one.fd: one.events for one in waitables}
+        for fd in old.keys() - new.keys():
+            self._selector.unregister(fd)
+        for fd, wanted in new.items():
+            if fd not in old:
+                self._selector.register(fd, wanted, member)
+            elif old[fd] != wanted:
+                self._selector.modify(fd, wanted, member)
+        member.registered = waitables
+
+    def _unwatch(self, member: Member) -> None:
+        for fd in {one.fd for one in member.registered}:
+            self._selector.unregister(fd)
+        member.registered = ()
+
+    def _hear(self, member: Member) -> None:
+        """Take in everything that a worker has said."""
+        line = member.pool.line
+        try:
+            while (said := member.worker.receive()) is not None:
+                if isinstance(said, Answer):
+                    self._settle(line, member, said)
+                elif isinstance(said, Hello):
+                    member.ready = True
+                    member.worker.page[HINT] = self._hint(line)
+            self._watch(member)
+        except EndOfChannel:
+            self._ended(member)
+        except BrokenChannel as broken:
+            self._lost(member, str(broken))
+
+    def _settle(self, line: Line, member: Member, answer: Answer) -> None:
+        scheduler, now, target = self.scheduler, time.monotonic(), line.target
+        member.totals = answer.totals
+        if line.is_producer:
+            scheduler.settle_grant(line, member.worker.name, answer, now)
+            if answer.ended:
+                given = answer.totals.done
+                self._tell(events.ProducerEnded(line.name, member.worker.name, given))
+        else:
+            scheduler.settle(line, member.worker.name, answer, now)
+            if line.target != target:
+                self._hint_upstream(line)
+            if member.recalled and answer.final and not line.flights.get(member.worker.name):
+                member.allow_all()
+        for index, done, total in answer.notes:
+            job = None if line.is_producer else answer.number + index
+            self._tell(events.Progress(line.name, member.worker.name, job, done, total))
+        self._report_happenings()
+        self._pass_results()
+
+    def _pass_results(self) -> None:
+        results = self.scheduler.results
+        if results:
+            for stage, block, _ in results:
+                self.sink.put(stage, block)
+            results.clear()
+
+    def _report_happenings(self) -> None:
+        happened = self.scheduler.happened
+        if not happened:
+            return
+        for one in happened:
+            if isinstance(one, Retried):
+                self._tell(
+                    events.JobRetried(
+                        one.stage,
+                        one.worker,
+                        one.part.first,
+                        one.part.attempt,
+                        one.failure.error,
+                        one.failure.message,
+                        one.delay,
+                    )
+                )
+            else:
+                self._tell(self._letter(one))
+        happened.clear()
+        dead = sum(line.books.dead for line in self.scheduler.lines.values())
+        if self._failure_limit is not None and dead >= self._failure_limit and not self.ending.halted:
+            self._halt()
+
+    def _hint(self, line: Line) -> int:
+        """Return how many outputs of *line* its takers like to get together."""
+        return max((taker.target for takers in line.takers for taker in takers if taker), default=CHUNK_JOBS)
+
+    def _hint_upstream(self, line: Line) -> None:
+        for pool in self.pools.values():
+            if any(line in takers for takers in pool.line.takers):
+                hint = self._hint(pool.line)
+                for member in pool.members:
+                    if member.ready:
+                        member.worker.page[HINT] = hint
+
+    # ── workers end ──────────────────────────────────────────────────────────
+
+    def _ended(self, member: Member) -> None:
+        line = member.pool.line
+        self._forget(member)
+        self._tell(events.WorkerEnded(line.name, member.worker.name, member.worker.pid))
+        if line.is_producer and line.grants.get(member.worker.name):
+            self.scheduler.end_producer(line, member.worker.name)
+
+    def _lost(self, member: Member, reason: str) -> None:
+        pool, line, name = member.pool, member.pool.line, member.worker.name
+        tickets, decoding = (member.tickets(), member.decoding()) if member.ready else ([], None)
+        numbers = tuple(
+            part.first
+            for number, flight in line.flights.get(name, {}).items()
+            for ticket in tickets
+            if 0 <= ticket - number < flight.chunk.count
+            for part in (flight.job(ticket - number),)
+        )
+        self._forget(member)
+        back = 0
+        if line.is_producer:
+            self._lost_producer(line, name, reason)
+        else:
+            back = self.scheduler.lost(line, name, tickets, decoding, reason)
+        if not (self._closing and self.ending.level >= STOP):
+            self._tell(events.WorkerLostEvent(line.name, name, member.worker.pid, reason, numbers, back))
+        self._report_happenings()
+        self._pass_results()
+        if not line.is_producer and not self._closing:
+            self._replace(pool, member, reason)
+
+    def _lost_producer(self, line: Line, name: str, reason: str) -> None:
+        if name in line.ended:
+            return
+        if self.ending.level or self.ending.halted:
+            self.scheduler.end_producer(line, name)
+        else:
+            self.scheduler.lost_producer(line, name, reason)
+
+    def _replace(self, pool: Pool, member: Member, reason: str) -> None:
+        deaths = pool.died()
+        if deaths >= CRASH_LIMIT:
+            self._give_up(
+                f"stage {pool.line.name}: {deaths} workers in a row ended before they finished a job;"
+                f" the last one {reason}"
+            )
+            return
+        try:
+            pool.replace(member)
+        except (OSError, BackendUnavailable) as error:
+            if not pool.members:
+                self._give_up(f"stage {pool.line.name}: no worker can be started: {error}")
+
+    def _forget(self, member: Member) -> None:
+        self._unwatch(member)
+        member.pool.remove(member)
+        member.worker.release()
+
+    # ── work is given out ────────────────────────────────────────────────────
+
+    def _dispatch(self, now: float) -> None:
+        # Last stages first: what they take makes room for those before them.
+        for pool in reversed(self._consumers):
+            line = pool.line
+            if line.delayed:
+                self.scheduler.due(line, now)
+            if line.queued:
+                if line.batch is not None:
+                    self._give_batches(pool, now)
+                else:
+                    self._give_chunks(pool)
+            self._rebalance(pool, now)
+        for pool in self._producers:
+            if pool.line.producing and not self.ending.level:
+                self._grant(pool)
+
+    def _give_chunks(self, pool: Pool) -> None:
+        """Give chunks to workers that have nothing to do, then the next one to those that are busy."""
+        line, lanes = pool.line, pool.line.lanes // pool.size
+        members = [member for member in pool.members if member.ready and not member.recalled]
+        free = [member for member in members if member.load < lanes]
+        target = max(line.target, lanes)
+        for place, member in enumerate(free):
+            share = math.ceil(line.queued / (len(free) - place))
+            if not self._send(line, member, min(target, share)):
+                break
+        # A second chunk lets a worker go on without a pause, but must not be a crumb.
+        if line.queued < max(1, target // 2) and not (line.queued and self.scheduler.upstream_quiet(line)):
+            return
+        for member in members:
+            load = member.load
+            if lanes <= load < lanes + target:
+                share = math.ceil(line.queued / len(members))
+                if not line.queued or not self._send(line, member, min(target, share)):
+                    break
+
+    def _give_batches(self, pool: Pool, now: float) -> None:
+        """Give each free worker a batch that is full, or overdue, or the last."""
+        line = pool.line
+        batch = line.batch or 1
+        for member in sorted(pool.members, key=lambda member: member.load):
+            if not member.ready or member.load:
+                continue
+            ripe = (
+                line.groups
+                or line.queued >= batch
+                or (line.oldest is not None and now >= line.oldest + line.node.stage.consumer.batch_timeout)
+                or self.scheduler.upstream_quiet(line)
+            )
+            if not ripe or not self._send(line, member, batch):
+                break
+            if line.oldest is not None:
+                line.oldest = now
+
+    def _send(self, line: Line, member: Member, limit: int) -> Chunk | None:
+        chunk = self.scheduler.take(line, member.worker.name, limit)
+        if chunk is not None:
+            member.worker.send(chunk)
+            self._watch(member)
+        return chunk
+
+    def _grant(self, pool: Pool) -> None:
+        line = pool.line
+        for member in pool.members:
+            if not member.ready or member.worker.name in line.ended:
+                continue
+            while len(line.grants.get(member.worker.name, ())) < 2:
+                grant = self.scheduler.grant(line, member.worker.name)
+                if grant is None:
+                    break
+                member.worker.send(grant)
+                self._watch(member)
+
+    def _rebalance(self, pool: Pool, now: float) -> None:
+        """Take jobs back from behind a slow one while another worker has nothing to do."""
+        name, line = pool.line.name, pool.line
+        lanes = line.lanes // pool.size
+        if line.queued or line.flying <= lanes or pool.size == 1:
+            self._checks.pop(name, None)
+            return
+        if self._checks.get(name, 0.0) > now:
+            return
+        self._checks.pop(name, None)
+        if not any(member.ready and not member.load for member in pool.members):
+            return
+        for member in pool.members:
+            if member.recalled or not member.ready or member.load <= lanes:
+                continue
+            self._checks[name] = now + SLOW_SECONDS
+            begun = max(member.tickets(), default=-1)
+            if begun < 0 or begun != member.sample:
+                member.sample, member.sampled_at = begun, now
+            elif now - member.sampled_at >= SLOW_SECONDS:
+                self._take_back(member)
+        if line.queued:
+            self._checks.pop(name, None)
+            (self._give_batches(pool, now) if line.batch is not None else self._give_chunks(pool))
+
+    def _take_back(self, member: Member) -> None:
+        member.recalled = True
+        self.scheduler.take_back(member.pool.line, member.worker.name, member.stop_beginning())
+
+    # ── the end ──────────────────────────────────────────────────────────────
+
+    def _conclude(self, now: float) -> None:
+        """Close the workers once there is nothing left for them to do."""
+        scheduler = self.scheduler
+        if self.ending.halted:
+            if any(line.flying for line in scheduler.lines.values()):
+                return
+            self._cancel_rest()
+        elif not scheduler.finished or self.sink.waitable is not None:
+            return
+        self._close(now)
+
+    def _close(self, now: float) -> None:
+        self._closing = True
+        self.ending.deadline = min(self.ending.deadline, now + self._shutdown_timeout)
+        for pool in self.pools.values():
+            pool.close()
+            for member in pool.members:
+                self._watch(member)
+
+    def _halt(self) -> None:
+        """Start nothing new: jobs in progress finish, the rest will be cancelled."""
+        self.ending.halted = True
+        for pool in self.pools.values():
+            pool.stop_giving()
+            for member in list(pool.members):
+                if pool.line.is_producer:
+                    member.closing = True
+                    member.worker.close()
+                    self._watch(member)
+                else:
+                    self._take_back(member)
+        for pool in self._producers:
+            for member in list(pool.members):
+                self._end_giving(pool.line, member)
+
+    def _end_giving(self, line: Line, member: Member) -> None:
+        if member.worker.name not in line.ended:
+            self.scheduler.end_producer(line, member.worker.name)
+
+    def _escalate(self, signal: int, now: float) -> None:
+        ending = self.ending
+        ending.level += 1
+        ending.signal = ending.signal or signal or None
+        if ending.level == FINISH:
+            ending.since = now
+            ending.deadline = now + self._shutdown_timeout
+            if any(pool.line.producing for pool in self._producers):
+                ending.interrupted = True
+            for pool in self.pools.values():
+                pool.stop_giving()
+            for pool in self._producers:
+                pool.close()
+                for member in pool.members:
+                    self._watch(member)
+        self._tell(events.Stopping(ending.level, f"signal {signal}", self.scheduler.unfinished))
+        if ending.level >= STOP:
+            self._stop_now()
+
+    def _press(self, now: float) -> None:
+        """While the run is being stopped, wait for nobody too long."""
+        ending = self.ending
+        if now >= ending.deadline and ending.level == FINISH:
+            self._escalate(0, now)
+        rest = any(line.unsettled for line in self.scheduler.lines.values())
+        if not rest and now >= ending.since + PRODUCER_GRACE_SECONDS:
+            for pool in self._producers:
+                if pool.line.producing:
+                    pool.kill()
+
+    def _stop_now(self) -> None:
+        """Stop jobs in flight; they and all that waits are cancelled."""
+        self._kill_all()
+        if not self._closing:
+            self._hear_last_words()
+            self._cancel_rest()
+            self._closing = True
+        self.ending.deadline = time.monotonic() + self._shutdown_timeout
+
+    def _hear_last_words(self) -> None:
+        """Count what workers had answered before they were stopped."""
+        for pool in self.pools.values():
+            for member in list(pool.members):
+                with contextlib.suppress(EndOfChannel, BrokenChannel):
+                    while (said := member.worker.receive()) is not None:
+                        if isinstance(said, Answer):
+                            self._settle(pool.line, member, said)
+
+    def _kill_all(self) -> None:
+        for pool in self.pools.values():
+            pool.kill()
+
+    def _give_up(self, why: str) -> None:
+        if self.ending.gave_up is None:
+            self.ending.gave_up = f"{why}; giving up, {self.scheduler.unfinished} jobs unfinished"
+            self._stop_now()
+
+    def _cancel_rest(self) -> None:
+        for pool in self._producers:
+            for member in pool.members:
+                self._end_giving(pool.line, member)
+        for line in self.scheduler.lines.values():
+            if not line.is_producer:
+                parts = self.scheduler.cancel(line)
+                if parts:
+                    self.ending.interrupted = True
+                    self.cancelled.append(Cancelled(line.name, parts))
+
+    def _watch_sink(self) -> None:
+        sink = self.sink
+        sink.flush()
+        wanted = sink.waitable
+        if wanted is self._sink_watched:
+            return
+        if self._sink_watched is not None:
+            self._selector.unregister(self._sink_watched.fd)
+        if wanted is not None:
+            self._selector.register(wanted.fd, wanted.events, None)
+        self._sink_watched = wanted
+
+    def release(self) -> None:
+        """Leave nothing behind, whatever happened."""
+        for pool in self.pools.values():
+            for member in list(pool.members):
+                with contextlib.suppress(OSError, ValueError, KeyError):
+                    self._unwatch(member)
+        self._backend.close()
+        self._selector.close()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+
+    # ── the books ────────────────────────────────────────────────────────────
+
+    def counts(self) -> dict[str, StageCounts]:
+        """Return every stage's counts as they stand."""
+        return {name: self._stage_counts(pool) for name, pool in self.pools.items()}
+
+    def _stage_counts(self, pool: Pool) -> StageCounts:
+        line, books = pool.line, pool.line.books
+        lanes = line.lanes // pool.size
+        in_flight = 0 if line.is_producer else sum(min(lanes, member.load) for member in pool.members)
+        return StageCounts(
+            received=books.received,
+            done=books.done,
+            filtered=books.filtered,
+            duplicates=books.duplicates,
+            dead=books.dead,
+            cancelled=books.cancelled,
+            emitted=books.emitted,
+            retried=books.retried,
+            redelivered=books.redelivered,
+            worker_restarts=pool.restarts,
+            busy_seconds=books.busy_seconds,
+            queued=line.queued + line.flying - in_flight,
+            in_flight=in_flight,
+            workers=len(pool.members),
+        )
+
+    def imbalance(self) -> str | None:
+        """Return how the driver's books differ from the workers' own counts; None: they balance."""
+        problems = [problem for pool in self.pools.values() for problem in _compare(pool)]
+        return "; ".join(problems) or None
+
+
+def _compare(pool: Pool) -> Iterable[str]:
+    line, books = pool.line, pool.line.books
+    said = [*pool.totals, *(member.totals for member in pool.members)]
+    pairs: Sequence[tuple[str, int, int]] = (
+        ("done", books.done + books.late_done, sum(one.done for one in said)),
+        (
+            "filtered",
+            books.filtered - books.duplicates + books.late_filtered,
+            sum(one.filtered for one in said),
+        ),
+        ("failed", books.failed + books.late_failed, sum(one.failed for one in said)),
+    )
+    for what, ours, theirs in pairs:
+        if ours != theirs:
+            yield f"stage {line.name}: {ours} {what} by the driver's count, {theirs} by the workers'"
+    settled = books.done + books.filtered + books.dead + books.cancelled
+    if books.received != settled:
+        yield f"stage {line.name}: received {books.received}, settled {settled}"
+    for route, edges in enumerate(line.edges):
+        emitted = sum(one.emitted[route] for one in said if one.emitted) - books.late_emitted.get(route, 0)
+        for edge in edges:
+            if emitted != edge.received:
+                target = edge.target or "the results"
+                yield f"{line.name} emitted {emitted} items to {target}, which received {edge.received}"

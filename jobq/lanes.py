@@ -1,0 +1,328 @@
+"""Several jobs in progress at once in one worker: threads for ``def``, tasks for ``async def``."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from jobq.backend import IDLE, LANES, LIMIT, Port
+from jobq.failure import failure_of, refusal
+from jobq.outbox import DONE, FAILED, FILTERED, Counters, Flusher, Marker
+from jobq.wire import Answer, Chunk, Failure, Order, Output, Part
+from jobq.work import (
+    Caller,
+    Intake,
+    StageRecipe,
+    encode_carefully,
+    outcome_of,
+    places,
+    read_giving,
+)
+
+#: After a flush, what ends within this many seconds waits for the flusher's next look.
+LINGER_SECONDS = 0.001
+#: Stands for a job that was taken back before it began.
+RECALLED = Marker("RECALLED")
+
+
+@dataclass(slots=True)
+class LaneTally:
+    """The outcomes of one chunk, in the order in which jobs ended."""
+
+    number: int
+    open: int
+    outcomes: list[tuple[int, Any]] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    notes: list[tuple[int, float | None, float | None]] = field(default_factory=list)
+    busy: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One job on its way to a lane."""
+
+    tally: LaneTally
+    index: int
+    offset: int
+    part: Part
+    item: Any
+
+
+class Lanes:
+    """What both kinds of lanes share: jobs come in by chunks, outcomes leave as they come."""
+
+    def __init__(self, recipe: StageRecipe, port: Port) -> None:
+        self._recipe = recipe
+        self._port = port
+        self._page = port.page
+        self._giving = read_giving(recipe, port.codec)
+        self._intake = Intake(recipe, port)
+        self._retry_on = recipe.stage.consumer.retry_on
+        self._lock = threading.Lock()
+        self._tallies: dict[int, LaneTally] = {}
+        self._counters = Counters(emitted=[0] * len(recipe.routes))
+        self._flushed = 0.0
+        self._current = threading.local()
+        self._flusher = Flusher(self._flush) if recipe.flusher else None
+
+    def run(self, order: Order) -> None:
+        """Hand a chunk's jobs to the lanes; they answer."""
+        assert isinstance(order, Chunk)
+        items, bad = self._intake.open(order)
+        tally = LaneTally(order.number, order.count)
+        with self._lock:
+            self._tallies[order.number] = tally
+        if self._flusher is not None:
+            self._flusher.arm()
+        for index, (item, (part, offset)) in enumerate(zip(items, places(order), strict=True)):
+            if index in bad:
+                self._end(tally, index, FAILED, refusal(index, bad[index], item))
+            else:
+                self._begin(Task(tally, index, offset, part, item))
+
+    def _begin(self, task: Task) -> None:
+        raise NotImplementedError
+
+    def _may_begin(self, lane: int, task: Task) -> bool:
+        """Write the job down as begun in *lane*, unless it was taken back."""
+        ticket = task.tally.number + task.index
+        self._page[LANES + 2 * lane] = ticket
+        if ticket < self._page[LIMIT]:
+            return True
+        self._page[LANES + 2 * lane] = IDLE
+        return False
+
+    def _outcome(self, given: Any) -> Any:
+        """Return what a call gave as an outcome: a marker, or the list of its pieces."""
+        signature = self._recipe.signature
+        if self._giving.ignore:
+            return DONE
+        if signature.many:
+            return [
+                encode_carefully(self._giving, item, self._recipe)
+                for item in (given if given is not None else ())
+                if not (item is None and signature.nullable)
+            ]
+        if given is None and signature.nullable:
+            return FILTERED
+        return [encode_carefully(self._giving, given, self._recipe)]
+
+    def _failure(self, task: Task, error: BaseException) -> Failure | None:
+        if outcome_of(error) is FILTERED:
+            return None
+        return failure_of(task.index, error, task.item, self._retry_on)
+
+    def _end(
+        self, tally: LaneTally, index: int, outcome: Any, failure: Failure | None = None, busy: float = 0.0
+    ) -> None:
+        """Write down how a job ended, and send it unless something was sent just now."""
+        with self._lock:
+            tally.open -= 1
+            tally.busy += busy
+            if outcome is not RECALLED:
+                tally.outcomes.append((index, outcome))
+            if failure is not None:
+                tally.failures.append(failure)
+            if tally.open == 0 or time.monotonic() - self._flushed > LINGER_SECONDS:
+                self._flush_locked()
+
+    def _flush(self) -> bool:
+        with self._lock:
+            return self._flush_locked()
+
+    def _flush_locked(self) -> bool:
+        sent = False
+        for tally in list(self._tallies.values()):
+            if tally.outcomes or tally.notes or tally.open == 0:
+                self._port.send(self._answer(tally))
+                sent = True
+        self._flushed = time.monotonic()
+        return sent
+
+    def _answer(self, tally: LaneTally) -> Answer:
+        if tally.open == 0:
+            del self._tallies[tally.number]
+        outcomes, tally.outcomes = sorted(tally.outcomes, key=lambda ended: ended[0]), []
+        failures, tally.failures = tuple(tally.failures), []
+        notes, tally.notes = tuple(tally.notes), []
+        busy, tally.busy = tally.busy, 0.0
+        settled: list[tuple[int, int]] = []
+        filtered: list[int] = []
+        pieces: list[Any] = []
+        parents: list[int] = []
+        for index, outcome in outcomes:
+            if outcome is FAILED:
+                continue
+            settled.append((index, index + 1))
+            if outcome is FILTERED:
+                filtered.append(index)
+            elif outcome is not DONE:
+                pieces += outcome
+                parents += [index] * len(outcome)
+        outputs: tuple[Output, ...] = self._giving.packer.outputs(pieces, parents)
+        counters = self._counters
+        counters.done += len(settled) - len(filtered)
+        counters.filtered += len(filtered)
+        counters.failed += len(failures)
+        for output in outputs:
+            counters.emitted[output.route] += output.block.count
+        return Answer(
+            tally.number,
+            tally.open == 0,
+            tuple(settled),
+            tuple(filtered),
+            failures,
+            outputs,
+            counters.totals(),
+            busy,
+            notes=notes,
+        )
+
+    def _close_flusher(self) -> None:
+        if self._flusher is not None:
+            self._flusher.close()
+
+
+class ThreadLanes(Lanes):
+    """Each lane is a thread, with resources of its own."""
+
+    def __init__(self, recipe: StageRecipe, port: Port) -> None:
+        super().__init__(recipe, port)
+        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._opened: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+
+    def run(self, order: Order) -> None:
+        """Hand a chunk's jobs to the threads; raises what opening a thread's resources raised."""
+        if not self._threads:
+            self._start()
+        super().run(order)
+
+    def _start(self) -> None:
+        for lane in range(self._recipe.lanes):
+            thread = threading.Thread(target=self._work, args=(lane,), name=f"jobq-lane-{lane}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        for error in [self._opened.get() for _ in self._threads]:
+            if error is not None:
+                raise error
+
+    def _begin(self, task: Task) -> None:
+        self._tasks.put(task)
+
+    def _work(self, lane: int) -> None:
+        caller = Caller(self._recipe, self._port, lambda: getattr(self._current, "tally", None))
+        try:
+            caller.prepare()
+        except BaseException as error:  # user code: the worker's main thread tells the driver
+            self._opened.put(error)
+            return
+        self._opened.put(None)
+        try:
+            while (task := self._tasks.get()) is not None:
+                self._do(lane, caller, task)
+        finally:
+            caller.close()
+
+    def _do(self, lane: int, caller: Caller, task: Task) -> None:
+        if not self._may_begin(lane, task):
+            self._end(task.tally, task.index, RECALLED)
+            return
+        self._current.tally = task.tally
+        began = time.monotonic()
+        failure = None
+        try:
+            job = caller.job(task.part, task.index, task.offset) if caller.wants_job else {}
+            outcome = self._outcome(caller.function(task.item, **job))
+        except BaseException as error:  # the job's, whatever it is
+            outcome, failure = outcome_of(error), self._failure(task, error)
+        self._end(task.tally, task.index, outcome, failure, time.monotonic() - began)
+        self._page[LANES + 2 * lane] = IDLE
+
+    def close(self) -> None:
+        """End the threads once they have done what they were given."""
+        for _ in self._threads:
+            self._tasks.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._close_flusher()
+
+
+class AsyncLanes(Lanes):
+    """Each lane is a task on one event loop, which runs in a thread of its own."""
+
+    def __init__(self, recipe: StageRecipe, port: Port) -> None:
+        super().__init__(recipe, port)
+        self._tally: LaneTally | None = None
+        self._caller = Caller(recipe, port, lambda: self._tally)
+        self._free = list(range(recipe.lanes))
+        self._waiting: list[Task] = []
+        self._running: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run_loop, name="jobq-loop", daemon=True)
+        self._thread.start()
+
+    def _run_loop(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+
+    def run(self, order: Order) -> None:
+        """Hand a chunk's jobs to the event loop."""
+        self._caller.prepare()
+        super().run(order)
+
+    def _begin(self, task: Task) -> None:
+        self._loop.call_soon_threadsafe(self._admit, task)
+
+    def _admit(self, task: Task) -> None:
+        self._waiting.append(task)
+        self._fill()
+
+    def _fill(self) -> None:
+        while self._free and self._waiting:
+            task = self._waiting.pop(0)
+            lane = self._free.pop()
+            if not self._may_begin(lane, task):
+                self._free.append(lane)
+                self._end(task.tally, task.index, RECALLED)
+                continue
+            running = self._loop.create_task(self._do(lane, task))
+            self._running.add(running)
+            running.add_done_callback(self._running.discard)
+
+    async def _do(self, lane: int, task: Task) -> None:
+        began = time.monotonic()
+        failure = None
+        try:
+            job = self._caller.job(task.part, task.index, task.offset) if self._caller.wants_job else {}
+            outcome = self._outcome(await self._called(self._caller.function, task.item, job))
+        except BaseException as error:  # the job's, whatever it is
+            outcome, failure = outcome_of(error), self._failure(task, error)
+        self._end(task.tally, task.index, outcome, failure, time.monotonic() - began)
+        self._page[LANES + 2 * lane] = IDLE
+        self._free.append(lane)
+        self._fill()
+
+    async def _called(self, function: Callable[..., Any], item: Any, job: dict[str, Any]) -> Any:
+        given = function(item, **job)
+        if hasattr(given, "__aiter__"):
+            return [one async for one in given]
+        return await given
+
+    def close(self) -> None:
+        """End the loop once everything that it was given has ended."""
+        asyncio.run_coroutine_threadsafe(self._drain(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        self._caller.close()
+        self._close_flusher()
+
+    async def _drain(self) -> None:
+        while self._waiting or self._running:
+            await asyncio.wait(self._running)

@@ -1,0 +1,150 @@
+"""Jobs that were given up, as events while the run goes on and as dead letters in its report."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from jobq.errors import JobqError, PayloadError, TimeLimitExceeded, WorkerLost
+from jobq.events import JobDead
+from jobq.failure import json_text, safe_repr
+from jobq.report import DeadLetter
+from jobq.scheduler import Dead
+from jobq.wire import Codec, Failure, PackedObjects, PackedScalars, Part, References, Undecodable
+
+#: So many letters a report holds; the counts and the file have all.
+LETTERS_KEPT = 10_000
+#: So many exceptions `JobsFailed` holds.
+EXCEPTIONS_KEPT = 100
+
+
+class RemoteTraceback(JobqError):
+    """The traceback of an exception as text, from the process that raised it."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}" if self.args else ""
+
+
+@dataclass(slots=True)
+class Letters:
+    """Makes letters of dead jobs and keeps the first ones; items are decoded only in `finish`."""
+
+    run: str
+    pipeline: str
+    target: str | None
+    kept: list[tuple[Dead, DeadLetter]] = field(default_factory=list)
+
+    def make(self, dead: Dead) -> JobDead:
+        """Return the event for *dead*; nothing pickled is loaded, except plain scalars."""
+        failure, part = dead.failure, dead.part
+        scalar = _scalar_json(part)
+        item_json = failure.item_json if failure.item_json is not None else scalar
+        letter = DeadLetter(
+            run=self.run,
+            pipeline=self.pipeline,
+            target=self.target,
+            stage=dead.stage,
+            job=part.first if part is not None else None,
+            key=part.keys[0] if part is not None and part.keys else None,
+            item=failure.item_repr,
+            item_type=failure.item_type,
+            status="cancelled" if dead.status == "cancelled" else "dead",
+            attempts=part.attempt if part is not None else 1,
+            deliveries=part.delivery if part is not None else 1,
+            error=failure.error,
+            message=failure.message,
+            traceback=failure.traceback,
+        )
+        if len(self.kept) < LETTERS_KEPT:
+            self.kept.append((dead, letter))
+        return JobDead(dead.worker, letter, item_json, None if item_json is not None else _pickled(part))
+
+    def cancelled(self, stage: str, parts: Iterable[Part], codec: Codec) -> Iterable[JobDead]:
+        """
+        Yield an event for each job of *parts*, none of which came to its end.
+
+        Decodes items: for the caller's thread, when the run is over.
+        """
+        for part in parts:
+            items = codec.decode(part.block)
+            for index, item in enumerate(items):
+                known = not isinstance(item, Undecodable)
+                failure = Failure(
+                    0,
+                    "cancelled",
+                    "",
+                    "the run was stopped before this job came to its end",
+                    "",
+                    item_type=type(item).__qualname__ if known else None,
+                    item_json=json_text(item) if known else None,
+                    item_repr=safe_repr(item) if known else None,
+                )
+                yield self.make(Dead(stage, "", part.take(index, index + 1), failure, status="cancelled"))
+
+    def finish(self, codec: Codec) -> list[DeadLetter]:
+        """Return the letters with their items as objects, as far as these can be loaded."""
+        for dead, letter in self.kept:
+            if dead.part is not None and dead.loadable:
+                item = codec.decode(dead.part.block)[0]
+                if not isinstance(item, Undecodable):
+                    letter.item = item
+                    letter.item_type = type(item).__qualname__
+        return [letter for _, letter in self.kept]
+
+    def exceptions(self) -> list[Exception]:
+        """Return the first exceptions of dead jobs, each of its own type if it can be rebuilt."""
+        dead = [one for one, _ in self.kept if one.status == "dead"]
+        return [rebuild(one.failure, one.stage, one.part) for one in dead[:EXCEPTIONS_KEPT]]
+
+
+def rebuild(failure: Failure, stage: str, part: Part | None) -> Exception:
+    """Return the exception that *failure* tells of, with its remote traceback as its cause."""
+    error = _load(failure)
+    if error is None:
+        what = "the producer" if part is None else f"job {part.first}"
+        known = {
+            "WorkerLost": WorkerLost,
+            "PayloadError": PayloadError,
+            "TimeLimitExceeded": TimeLimitExceeded,
+        }
+        prefix = "" if failure.error in known else f"{failure.error}: "
+        error = known.get(failure.error, JobqError)(f"stage {stage}, {what}: {prefix}{failure.message}")
+    if failure.traceback:
+        error.__cause__ = RemoteTraceback(failure.traceback)
+    return error
+
+
+def _load(failure: Failure) -> Exception | None:
+    if failure.exception is None:
+        return None
+    try:
+        error = pickle.loads(failure.exception)
+    except BaseException:  # user code: an exception that pickles but does not unpickle
+        return None
+    return error if isinstance(error, Exception) else None
+
+
+def _scalar_json(part: Part | None) -> str | None:
+    """Return a job's item as JSON if it is one that only `SCALARS` can be: loading it runs no user code."""
+    if part is None or not isinstance(part.block, PackedScalars):
+        return None
+    items: list[Any] = pickle.loads(part.block.body)
+    return json_text(items[part.block.low])
+
+
+def _pickled(part: Part | None) -> bytes | None:
+    if part is None:
+        return None
+    if isinstance(part.block, PackedObjects):
+        return bytes(part.block.body)
+    if isinstance(part.block, References):
+        try:
+            return pickle.dumps(part.block.items[0], protocol=5)
+        except BaseException:  # user code
+            return None
+    if isinstance(part.block, PackedScalars):
+        items: list[Any] = pickle.loads(part.block.body)
+        return pickle.dumps(items[part.block.low], protocol=5)
+    return None

@@ -1,0 +1,158 @@
+"""The events of a run as sentences in jobq's log."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jobq.events import (
+    Event,
+    JobDead,
+    JobRetried,
+    ProducerEnded,
+    RunEnded,
+    RunStarted,
+    Stopping,
+    WorkerEnded,
+    WorkerLostEvent,
+    WorkerStarted,
+)
+from jobq.observe.log import SAID, logger
+from jobq.report import DeadLetter
+
+#: So many failed jobs, and so many retries, are told one by one; the others are counted.
+TOLD_IN_FULL = 10
+
+_NEXT_STEP = {
+    1: "finishing {items}, press Ctrl-C again to stop now",
+    2: "stopping the jobs in progress, {items} unfinished, press Ctrl-C again to kill the workers",
+    3: "killing the workers, {items} unfinished",
+}
+
+
+class LogObserver:
+    """Writes what happens to jobq's log: one line per event, the first ten failures with traceback."""
+
+    def __init__(self) -> None:
+        self._log: Any = logger()  # Any: a bound logger has whatever methods its wrapper gives it
+        self._failed = 0
+        self._retried = 0
+        self._cancelled = 0
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case RunStarted():
+                self._log = logger(run=event.run)
+                self._say("info", _started(event), pipeline=event.pipeline, backend=event.backend)
+            case WorkerLostEvent():
+                about = {"stage": event.stage, "worker": event.worker, "pid": event.pid}
+                self._say("warning", _lost(event), **about, in_hand=event.in_hand, put_back=event.put_back)
+            case JobRetried():
+                self._retry(event)
+            case JobDead(letter=letter):
+                self._dead(letter, event.worker, event.item_json)
+            case Stopping():
+                self._say("warning", _stopping(event), step=event.level, unfinished=event.unfinished)
+            case RunEnded():
+                self._ended(event)
+            case ProducerEnded():
+                self._say(
+                    "debug",
+                    f"producer {event.stage} ended after {_items(event.given)}",
+                    stage=event.stage,
+                    worker=event.worker,
+                    given=event.given,
+                )
+            case WorkerStarted() | WorkerEnded():
+                verb = "started" if isinstance(event, WorkerStarted) else "ended"
+                text = f"{_worker(event.stage, event.worker, event.pid)} {verb}"
+                self._say("debug", text, stage=event.stage, worker=event.worker, pid=event.pid)
+
+    def _say(self, level: str, sentence: str, /, **said: Any) -> None:
+        getattr(self._log, level)(sentence, **{SAID: said})
+
+    def _retry(self, event: JobRetried) -> None:
+        self._retried += 1
+        self._say(
+            "info" if self._retried <= TOLD_IN_FULL else "debug",
+            f"item {event.job} failed in stage {event.stage} (attempt {event.attempt}), next try in "
+            f"{event.delay:.1f} s: {_reason(event.error, event.message)}",
+            stage=event.stage,
+            worker=event.worker,
+            job=event.job,
+            attempt=event.attempt,
+            error=event.error,
+        )
+
+    def _dead(self, letter: DeadLetter, worker: str, item: str | None) -> None:
+        if letter.status == "cancelled":
+            self._cancelled += 1
+            return
+        self._failed += 1
+        if self._failed > TOLD_IN_FULL:
+            return
+        said = {"stage": letter.stage, "worker": worker, "job": letter.job, "error": letter.error}
+        if letter.traceback:
+            said["traceback"] = letter.traceback
+        self._say("error", _gave_up(letter, item), **said)
+        if self._failed == TOLD_IN_FULL:
+            self._say("warning", f"{TOLD_IN_FULL} jobs failed; further ones are only counted")
+
+    def _ended(self, event: RunEnded) -> None:
+        if self._failed > TOLD_IN_FULL:
+            more = self._failed - TOLD_IN_FULL
+            self._say("error", f"{more:,} more job{'s' * (more > 1)} failed", failed=self._failed)
+        if self._cancelled:
+            self._say("warning", f"{_items(self._cancelled)} cancelled", cancelled=self._cancelled)
+        stages = {name: counts.model_dump() for name, counts in event.stages.items()}
+        self._say(
+            "info", f"run {event.run} ended after {event.seconds:.1f} s", seconds=event.seconds, stages=stages
+        )
+
+
+def _started(event: RunStarted) -> str:
+    return (
+        f"run {event.run} of {event.pipeline} started: {' → '.join(event.stages)} "
+        f"(backend {event.backend}, {event.start_method})"
+    )
+
+
+def _worker(stage: str, worker: str, pid: int | None) -> str:
+    number = worker.removeprefix(stage).lstrip("-.:/# ") or worker
+    return f"worker {number} of stage {stage}" + ("" if pid is None else f" (pid {pid})")
+
+
+def _lost(event: WorkerLostEvent) -> str:
+    worker = _worker(event.stage, event.worker, event.pid)
+    if not event.in_hand:
+        fate = f"; {_items(event.put_back)} that it had not begun go to others" if event.put_back else ""
+        return f"{worker} {event.reason}{fate}"
+    shown = ", ".join(map(str, event.in_hand[:5])) + (", …" if len(event.in_hand) > 5 else "")
+    several = len(event.in_hand) > 1
+    fate = ""
+    if event.put_back:
+        fate = "; the items go to other workers" if several else "; the item goes to another worker"
+    if event.delivery is not None and event.max_deliveries is not None:
+        fate += f", attempt {event.delivery} of {event.max_deliveries}"
+    return f"{worker} {event.reason} while on item{'s' * several} {shown}{fate}"
+
+
+def _gave_up(letter: DeadLetter, item: str | None) -> str:
+    if letter.job is None:
+        return f"producer {letter.stage} stopped: {_reason(letter.error, letter.message)}"
+    if letter.error == "WorkerLost":
+        times = f"{letter.deliveries} times" if letter.deliveries > 1 else "once"
+        what = f": {item[:200]}" if item else ""
+        return f"item {letter.job} of stage {letter.stage} killed its worker {times} and is given up{what}"
+    return f"item {letter.job} failed in stage {letter.stage}: {_reason(letter.error, letter.message)}"
+
+
+def _reason(error: str, message: str) -> str:
+    return f"{error}: {message}" if message else error
+
+
+def _stopping(event: Stopping) -> str:
+    return f"{event.reason}; {_NEXT_STEP[event.level].format(items=_items(event.unfinished, 'accepted '))}"
+
+
+def _items(count: int, kind: str = "") -> str:
+    return f"{count:,} {kind}item{'' if count == 1 else 's'}"

@@ -1,0 +1,294 @@
+"""
+The worker's side of an answer: outcomes gather here and leave as one frame.
+
+What is finished never waits long for company: the working thread sends a chunk's outcomes when the chunk
+is through; a second thread, the flusher, looks every few milliseconds whether something finished lies
+there, so that a job that takes long does not keep back what was done before it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from jobq.wire import Answer, Block, Codec, Counted, Failure, Output, Totals
+
+#: How often the flusher looks, in seconds: "a few milliseconds".
+TICK_SECONDS = 0.003
+#: After so many looks in vain it sleeps until the next order.
+IDLE_TICKS = 20
+
+
+class Marker:
+    """Stands in a list of outcomes for a job that gave nothing to encode."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __repr__(self) -> str:
+        return self._name
+
+
+FILTERED = Marker("FILTERED")
+FAILED = Marker("FAILED")
+DONE = Marker("DONE")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One encoded item: the route that it takes, and its keys there."""
+
+    route: int
+    data: Any
+    keys: tuple[tuple[int, Any], ...] = ()
+
+
+class Packer(Protocol):
+    """How encoded items of a stage become outputs."""
+
+    def outputs(self, pieces: Sequence[Any], parents: Sequence[int] | None) -> tuple[Output, ...]:
+        """Return *pieces* as outputs, one for each route among them."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class OneRoute:
+    """Every item takes route 0, and pieces are what the codec made of items."""
+
+    codec: Codec
+    scalars: bool = False
+
+    def outputs(self, pieces: Sequence[Any], parents: Sequence[int] | None) -> tuple[Output, ...]:
+        """Return one output, or none if there are no pieces."""
+        if not pieces:
+            return ()
+        block: Block = self.codec.scalars(list(pieces)) if self.scalars else self.codec.block(pieces)
+        return (Output(0, block, _packed(parents)),)
+
+
+@dataclass(frozen=True, slots=True)
+class NoTaker:
+    """Nobody wants the items: they are counted only."""
+
+    def outputs(self, pieces: Sequence[Any], parents: Sequence[int] | None) -> tuple[Output, ...]:
+        """Return how many there were."""
+        return (Output(0, Counted(len(pieces)), _packed(parents)),) if pieces else ()
+
+
+@dataclass(frozen=True, slots=True)
+class ManyRoutes:
+    """Pieces are `Piece`: each item takes the route of its type, and may have keys."""
+
+    codecs: tuple[Codec | None, ...]  # by route; None: counted only
+
+    def outputs(self, pieces: Sequence[Piece], parents: Sequence[int] | None) -> tuple[Output, ...]:
+        """Return an output for each route among the pieces, items in order."""
+        outputs = []
+        for route, codec in enumerate(self.codecs):
+            places = [i for i, piece in enumerate(pieces) if piece.route == route]
+            if not places:
+                continue
+            chosen = [pieces[i] for i in places]
+            block: Block = (
+                Counted(len(chosen)) if codec is None else codec.block([piece.data for piece in chosen])
+            )
+            takers = [place for place, _ in chosen[0].keys]
+            keys = tuple(
+                (place, tuple(piece.keys[i][1] for piece in chosen)) for i, place in enumerate(takers)
+            )
+            whole = parents is None and len(places) == len(pieces)
+            indices = None if whole else [parents[i] if parents is not None else i for i in places]
+            outputs.append(Output(route, block, _packed(indices), keys))
+        return tuple(outputs)
+
+
+def _packed(parents: Sequence[int] | None) -> bytes | None:
+    return None if parents is None else array("I", parents).tobytes()
+
+
+@dataclass(slots=True)
+class Counters:
+    """This worker's own count of what it did, for the balance."""
+
+    done: int = 0
+    filtered: int = 0
+    failed: int = 0
+    emitted: list[int] = field(default_factory=list)
+
+    def totals(self) -> Totals:
+        """Return the counts as they stand."""
+        return Totals(self.done, self.filtered, self.failed, tuple(self.emitted))
+
+
+@dataclass(slots=True)
+class Tally:
+    """The outcomes of one order, in the order in which jobs ended; ``sent`` of them have left."""
+
+    number: int
+    began: float
+    outcomes: list[Any] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    notes: list[tuple[int, float | None, float | None]] = field(default_factory=list)
+    sent: int = 0
+    failures_sent: int = 0
+
+
+class Flusher:
+    """A thread that calls *flush* every few milliseconds while orders are being worked on."""
+
+    def __init__(self, flush: Callable[[], bool]) -> None:
+        self._flush = flush
+        self._armed = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._ended = False
+
+    def arm(self) -> None:
+        """Look from now on (cheap: called for every order)."""
+        if self._armed.is_set():
+            return
+        self._armed.set()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._loop, name="jobq-flusher", daemon=True)
+            self._thread.start()
+
+    def _loop(self) -> None:
+        idle = 0
+        while True:
+            self._armed.wait()
+            if self._ended:
+                return
+            time.sleep(TICK_SECONDS)
+            idle = 0 if self._flush() else idle + 1
+            if idle > IDLE_TICKS:
+                idle = 0
+                self._armed.clear()
+                if self._ended or self._flush():  # something came in between
+                    self._armed.set()
+
+    def close(self) -> None:
+        """End the thread and wait for its end."""
+        self._ended = True
+        self._armed.set()
+        if self._thread is not None:
+            self._thread.join()
+
+
+class Outbox:
+    """
+    Sends what is finished of the order in hand.
+
+    ``tally.outcomes`` holds one entry per finished job, in order: DONE, FILTERED, FAILED, or what it gave
+    (one piece, or a list of pieces where a job gives many). The working thread appends, which is atomic;
+    whoever flushes holds ``_lock``.
+    """
+
+    def __init__(
+        self, send: Callable[[Answer], None], packer: Packer, routes: int, *, many: bool, flusher: bool
+    ) -> None:
+        self._send = send
+        self._packer = packer
+        self._many = many
+        self._lock = threading.Lock()
+        self._counters = Counters(emitted=[0] * routes)
+        self.tally: Tally | None = None
+        self._flusher = Flusher(self.flush) if flusher else None
+
+    def begin(self, number: int, *, alone: bool = False) -> Tally:
+        """Start the tally of an order; with *alone* nothing can wait behind anything in it."""
+        tally = self.tally = Tally(number, time.monotonic())
+        if self._flusher is not None and not alone:
+            self._flusher.arm()
+        return tally
+
+    def flush(self, *, final: bool = False, ended: bool = False) -> bool:
+        """Send what has not been sent yet, if there is anything; return whether there was."""
+        with self._lock:
+            tally = self.tally
+            if tally is None:
+                return False
+            high = len(tally.outcomes)
+            if (
+                high == tally.sent
+                and not final
+                and not tally.notes
+                and len(tally.failures) == tally.failures_sent
+            ):
+                return False
+            self._send(self._answer(tally, high, final, ended))
+            if final:
+                self.tally = None
+            return True
+
+    def part(self, index: int, pieces: list[Any]) -> None:
+        """Send *pieces* of a job that has not ended: they count as they come."""
+        with self._lock:
+            tally = self.tally
+            assert tally is not None
+            outputs = self._packer.outputs(pieces, [index] * len(pieces))
+            self._count_outputs(outputs)
+            self._send(Answer(tally.number, False, outputs=outputs, totals=self._counters.totals()))
+
+    def _answer(self, tally: Tally, high: int, final: bool, ended: bool) -> Answer:
+        low, tally.sent = tally.sent, high
+        failures = tuple(tally.failures[tally.failures_sent :])
+        # A failure may have been written down just before its place among the outcomes: next time then.
+        failures = tuple(failure for failure in failures if failure.index < high)
+        tally.failures_sent += len(failures)
+        notes, tally.notes = tuple(tally.notes), []
+        now = time.monotonic()
+        busy, tally.began = now - tally.began, now
+        outcomes = tally.outcomes[low:high]
+        settled, filtered, pieces, parents = self._sort(outcomes, low)
+        outputs = self._packer.outputs(pieces, parents)
+        counters = self._counters
+        done = sum(b - a for a, b in settled)
+        counters.done += done - len(filtered)
+        counters.filtered += len(filtered)
+        counters.failed += len(failures)
+        self._count_outputs(outputs)
+        return Answer(
+            tally.number, final, settled, filtered, failures, outputs, counters.totals(), busy, ended, notes
+        )
+
+    def _count_outputs(self, outputs: Sequence[Output]) -> None:
+        for output in outputs:
+            self._counters.emitted[output.route] += output.block.count
+
+    def _sort(
+        self, outcomes: list[Any], low: int
+    ) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...], list[Any], list[int] | None]:
+        """Return what is settled, what is filtered, what was given, and by which job each was."""
+        high = low + len(outcomes)
+        if not outcomes:
+            return (), (), [], None
+        if not self._many:
+            kinds = set(map(type, outcomes))
+            if Marker not in kinds:
+                return ((low, high),), (), outcomes, None
+            if len(kinds) == 1 and outcomes.count(DONE) == len(outcomes):
+                return ((low, high),), (), [], None
+        settled: list[tuple[int, int]] = []
+        filtered, pieces, parents = [], [], []
+        for index, outcome in enumerate(outcomes, low):
+            if outcome is FAILED:
+                continue
+            if settled and settled[-1][1] == index:
+                settled[-1] = (settled[-1][0], index + 1)
+            else:
+                settled.append((index, index + 1))
+            if outcome is FILTERED:
+                filtered.append(index)
+            elif outcome is not DONE:
+                given = outcome if self._many else (outcome,)
+                pieces += given
+                parents += [index] * len(given)
+        return tuple(settled), tuple(filtered), pieces, parents
+
+    def close(self) -> None:
+        """End the flusher."""
+        if self._flusher is not None:
+            self._flusher.close()

@@ -1,0 +1,446 @@
+"""`Pipeline`: declare producers, consumers and resources; check them; run them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+
+from jobq.errors import JobsFailed, JobsLost, PipelineError, RunFailed
+from jobq.graph import Graph, build_graph, find_by_name_problems
+from jobq.load import refuse_while_loading
+from jobq.options import RunOptions, read_run_options
+from jobq.outcome import Outcome
+from jobq.results import Collect, Discard, JsonLines, Sink, Stream
+from jobq.running import Running, prepare
+from jobq.stage import (
+    ConsumerOptions,
+    Function,
+    ProducerOptions,
+    Resource,
+    ResourceOptions,
+    Stage,
+    StageOptions,
+    locate,
+    read_options,
+)
+
+if TYPE_CHECKING:
+    from jobq.backend import Preload
+    from jobq.events import Observer
+    from jobq.report import Report
+    from jobq.wire import Block
+
+F = TypeVar("F", bound=Callable[..., Any])
+Source = str | Function | Sequence[str | Function] | None
+
+
+class Pipeline:
+    """
+    Producers, consumers and resources under one name.
+
+    *run_options* are the defaults of its runs (`jobq.options.RunOptions`). Nothing is started until
+    `run`, `stream` or ``jobq run``.
+    """
+
+    def __init__(self, name: str, **run_options: Any) -> None:
+        if not isinstance(name, str) or not name:
+            raise PipelineError(f"a pipeline's name is a text that is not empty; got {name!r}.")
+        self.name = name
+        self._stages: list[Stage] = []
+        self._resources: list[Resource] = []
+        self._defaults = dict(run_options)
+        read_run_options(self._defaults)
+
+    def __repr__(self) -> str:
+        return f"<Pipeline {self.name!r}: {', '.join(stage.name for stage in self._stages) or 'empty'}>"
+
+    # ── declare ──────────────────────────────────────────────────────────────
+
+    @overload
+    def producer(self, function: F, /, **options: Any) -> F: ...
+    @overload
+    def producer(self, /, **options: Any) -> Callable[[F], F]: ...
+
+    def producer(self, function: F | None = None, /, **options: Any) -> F | Callable[[F], F]:
+        """
+        Declare a function that gives items; it is returned unchanged.
+
+        Options: ``name``, ``workers`` (each calls it, with a `Shard` of its own), ``params`` (binds some of
+        its parameters). Raises `PipelineError` for a wrong option.
+        """
+        return self._declare("producer", function, options)
+
+    @overload
+    def consumer(self, function: F, /, **options: Any) -> F: ...
+    @overload
+    def consumer(self, /, **options: Any) -> Callable[[F], F]: ...
+
+    def consumer(self, function: F | None = None, /, **options: Any) -> F | Callable[[F], F]:
+        """
+        Declare a function that takes items; it is returned unchanged.
+
+        Options: ``name``, ``source``, and those of `jobq.stage.ConsumerOptions`. Raises `PipelineError`
+        for a wrong option.
+        """
+        return self._declare("consumer", function, options)
+
+    def _declare(
+        self, kind: Literal["producer", "consumer"], function: F | None, options: dict[str, Any]
+    ) -> F | Callable[[F], F]:
+        if function is None:
+            return lambda function: self._add_stage(kind, function, dict(options))
+        return self._add_stage(kind, function, options)
+
+    def _add_stage(self, kind: Literal["producer", "consumer"], function: F, options: dict[str, Any]) -> F:
+        name = self._name(kind, function, options)
+        location = locate(function)
+        what = f"{name}() ({location})"
+        source = _sources(options.pop("source", None), what) if kind == "consumer" else ()
+        model = ProducerOptions if kind == "producer" else ConsumerOptions
+        read: StageOptions = read_options(model, what, options)
+        for other in self._stages:
+            if other.name == name:
+                raise PipelineError(
+                    f"{what}: a stage named {name!r} is declared at {other.location} already."
+                    f"\n  Give one of them another name: @pipeline.{kind}(name=...)."
+                )
+        self._stages.append(Stage(name, kind, function, read, source, location))
+        return function
+
+    @overload
+    def resource(self, function: F, /, **options: Any) -> F: ...
+    @overload
+    def resource(self, /, **options: Any) -> Callable[[F], F]: ...
+
+    def resource(self, function: F | None = None, /, **options: Any) -> F | Callable[[F], F]:
+        """
+        Declare what stages may ask for by a parameter's name; the function is returned unchanged.
+
+        A function, or a generator that yields once: opened once per worker before its first job, closed at
+        its end. Options: ``name``, ``scope="worker"``.
+        """
+        if function is None:
+            return lambda function: self._add_resource(function, dict(options))
+        return self._add_resource(function, options)
+
+    def _add_resource(self, function: F, options: dict[str, Any]) -> F:
+        name = self._name("resource", function, options)
+        location = locate(function)
+        read: ResourceOptions = read_options(ResourceOptions, f"{name}() ({location})", options)
+        if any(other.name == name for other in self._resources):
+            raise PipelineError(f"{name}() ({location}): there is a resource {name!r} already.")
+        self._resources.append(Resource(name, function, read, location))
+        return function
+
+    @staticmethod
+    def _name(kind: str, function: object, options: dict[str, Any]) -> str:
+        if not callable(function):
+            raise PipelineError(f"@pipeline.{kind} takes a function, got {function!r}.")
+        name = options.pop("name", None)
+        if name is None:
+            name = getattr(function, "__name__", None)
+        if not isinstance(name, str) or not name:
+            raise PipelineError(f"@pipeline.{kind}: {function!r} needs a name=.")
+        return name
+
+    # ── check ────────────────────────────────────────────────────────────────
+
+    def graph(self) -> Graph:
+        """Return how the stages are connected; raises `PipelineError` that lists everything that is wrong."""
+        return build_graph(self._stages, self._resources, pipeline=self.name)
+
+    def check(self) -> None:
+        """Find every error of definition that can be known before a run; raise one `PipelineError` with all."""
+        problems: list[str] = []
+        method = self._defaults.get("start_method", "auto")
+        try:
+            graph = self.graph()
+        except PipelineError as error:
+            problems += error.problems
+        else:
+            problems += find_by_name_problems(graph, method)
+        if problems:
+            raise PipelineError(*problems)
+
+    # ── run ──────────────────────────────────────────────────────────────────
+
+    def run(self, **given: Any) -> Report:
+        """
+        Run to the end and return the report.
+
+        Keywords are run options (`jobq.options.RunOptions`) or parameters of the run (``params={…}`` for
+        names that collide). Raises `PipelineError` before anything starts, `JobsFailed` at the end if there
+        are dead letters (unless ``check=False``), `RunFailed` if the run gave up, `JobsLost` if the books
+        don't balance, and `KeyboardInterrupt` if it was stopped with work unfinished.
+        """
+        options, parameters = self._read(given)
+        with _observing(options) as observers:
+            outcome = self.execute(options, parameters, observers=observers)
+        return _raise_or_report(outcome, options)
+
+    def stream(self, **given: Any) -> ResultStream:
+        """
+        Return an iterator over the results as they come; the run starts at the first ``next()``.
+
+        Keywords and errors are those of `run`, raised at the end of the loop. Leaving the loop stops the
+        run. ``.report`` holds the report when it is over.
+        """
+        options, parameters = self._read(given)
+        return ResultStream(
+            lambda sink, observers: self._prepare(options, parameters, sink, observers), options
+        )
+
+    def execute(
+        self,
+        options: RunOptions,
+        parameters: Mapping[str, Any],
+        *,
+        texts: bool = False,
+        observers: Sequence[Observer] = (),
+        preload: Preload | None = None,
+        target: str | None = None,
+        output_fd: int | None = None,
+    ) -> Outcome:
+        """
+        Run to the end and return how it ended, without raising for what jobs did: for command lines.
+
+        *texts*: parameters are texts to be read by their annotations. *output_fd*: where ``output="-"``
+        writes. *preload* and *target*: how a child process finds the pipeline's file, and its name in
+        dead letters.
+        """
+        with _sink(options, output_fd) as sink:
+            running = self._prepare(
+                options, parameters, sink, observers, texts=texts, preload=preload, target=target
+            )
+            with running.signals():
+                running.driver.run()
+            return running.conclude()
+
+    def _prepare(
+        self,
+        options: RunOptions,
+        parameters: Mapping[str, Any],
+        sink: Sink,
+        observers: Sequence[Observer],
+        *,
+        texts: bool = False,
+        preload: Preload | None = None,
+        target: str | None = None,
+    ) -> Running:
+        refuse_while_loading()
+        graph = build_graph(
+            self._stages,
+            self._resources,
+            pipeline=self.name,
+            given=dict(parameters),
+            need_producer=options.input is None,
+        )
+        from jobq.observe import log_settings
+
+        return prepare(
+            graph,
+            options,
+            parameters,
+            name=self.name,
+            texts=texts,
+            observers=observers,
+            sink=sink,
+            preload=preload,
+            target=target,
+            log=log_settings(options),
+        )
+
+    def _read(self, given: dict[str, Any]) -> tuple[RunOptions, dict[str, Any]]:
+        """Return *given* as run options and parameters of the run."""
+        named = dict(given)
+        parameters = dict(named.pop("params", {}))
+        stated = {**self._defaults}
+        for name, value in named.items():
+            if name in RunOptions.model_fields:
+                stated[name] = value
+            else:
+                parameters[name] = value
+        return read_run_options(stated), parameters
+
+
+class ResultStream(Iterator[Any]):
+    """The results of a run as they come. A context manager: leaving it stops the run."""
+
+    def __init__(self, start: Callable[[Sink, Sequence[Observer]], Running], options: RunOptions) -> None:
+        self._start = start
+        self._options = options
+        self._sink = Stream()
+        self._running: Running | None = None
+        self._thread: threading.Thread | None = None
+        self._items: list[Any] = []
+        self._cleanup = contextlib.ExitStack()
+        self._over = False
+        self._crash: BaseException | None = None
+        self.report: Report | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from iter(self._next, _END)
+        finally:
+            self.close()
+
+    def __next__(self) -> Any:
+        item = self._next()
+        if item is _END:
+            raise StopIteration
+        return item
+
+    def _next(self) -> Any:
+        while not self._items:
+            if self._over:
+                return _END
+            if self._running is None:
+                self._begin()
+            block = self._take()
+            if block is None:
+                self._finish()
+                return _END
+            assert self._running is not None
+            self._items = self._running.backend.codec.decode(block)[::-1]
+        return self._items.pop()
+
+    def _begin(self) -> None:
+        observers = self._cleanup.enter_context(_observing(self._options))
+        try:
+            running = self._running = self._start(self._sink, observers)
+            self._sink.wake = running.driver.wake
+            self._cleanup.enter_context(running.signals())
+        except BaseException:
+            self._over = True
+            self._cleanup.close()
+            raise
+        if running.backend.own_thread:
+            self._thread = threading.Thread(target=self._drive, name="jobq-driver", daemon=True)
+            self._thread.start()
+        else:
+            self._cleanup.callback(running.driver.release)
+            running.driver.begin()
+
+    def _drive(self) -> None:
+        assert self._running is not None
+        try:
+            self._running.driver.run()
+        except BaseException as error:  # a bug in jobq: the caller must hear of it
+            self._crash = error
+        finally:
+            self._sink.end()
+
+    def _take(self) -> Block | None:
+        if self._thread is not None:
+            return self._sink.take()
+        assert self._running is not None
+        while (block := self._sink.poll()) is None:
+            if self._running.driver.step():
+                return self._sink.poll()
+        return block
+
+    def _finish(self) -> None:
+        """Take the run as ended: set the report, raise what it ended with."""
+        assert self._running is not None
+        self._over = True
+        if self._thread is not None:
+            self._thread.join()
+        self._cleanup.close()
+        if self._crash is not None:
+            raise self._crash
+        outcome = self._running.conclude()
+        self.report = outcome.report
+        _raise_or_report(outcome, self._options)
+
+    def close(self) -> None:
+        """Stop the run if it has not ended; jobs in flight and queued are cancelled. Idempotent."""
+        if self._over:
+            return
+        self._over = True
+        if self._running is None:
+            return
+        self._items = []
+        self._running.driver.abandon()
+        if self._thread is not None:
+            self._thread.join()
+        else:
+            while not self._running.driver.step():
+                pass
+        self._cleanup.close()
+        self.report = self._running.conclude().report
+
+    def __enter__(self) -> ResultStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # the interpreter may be going down
+            self.close()
+
+
+class _End:
+    """Stands for the end of a stream."""
+
+
+_END = _End()
+
+
+def _sources(given: Source, what: str) -> tuple[str | Function, ...]:
+    sources = (given,) if given is None or isinstance(given, str) or callable(given) else tuple(given)
+    for source in sources:
+        if source is not None and not isinstance(source, str) and not callable(source):
+            raise PipelineError(f"{what}: source= takes stage functions or names, got {source!r}.")
+    return tuple(source for source in sources if source is not None)
+
+
+@contextlib.contextmanager
+def _observing(options: RunOptions) -> Iterator[Sequence[Observer]]:
+    """Give the observers that an embedding program asked for."""
+    from jobq.observe import observing
+
+    with observing(options) as observers:
+        yield observers
+
+
+@contextlib.contextmanager
+def _sink(options: RunOptions, output_fd: int | None) -> Iterator[Sink]:
+    """Give the place where results go; a file is closed at the end."""
+    if options.collect:
+        yield Collect()
+    elif options.output is None:
+        yield Discard()
+    elif options.output == Path("-"):
+        yield JsonLines(1 if output_fd is None else output_fd)
+    else:
+        try:
+            fd = os.open(options.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise PipelineError(f"can't write results to {options.output}: {error.strerror}.") from error
+        try:
+            yield JsonLines(fd)
+        finally:
+            os.close(fd)
+
+
+def _raise_or_report(outcome: Outcome, options: RunOptions) -> Report:
+    report = outcome.report
+    if outcome.unbalanced is not None:
+        raise JobsLost(f"the books don't balance, a bug in jobq: {outcome.unbalanced}", report)
+    if outcome.signal is not None:
+        raise KeyboardInterrupt
+    if outcome.gave_up is not None:
+        raise RunFailed(outcome.gave_up, report)
+    dead = sum(stage.dead for stage in report.stages.values())
+    cancelled = sum(stage.cancelled for stage in report.stages.values())
+    if options.check and dead:
+        rest = f", {cancelled} cancelled" if cancelled else ""
+        raise JobsFailed(
+            f"pipeline {report.pipeline!r}: {dead} dead letters{rest}", outcome.exceptions, report
+        )
+    return report

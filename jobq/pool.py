@@ -1,0 +1,142 @@
+"""One stage's workers: start them, replace those that die, give up when that leads nowhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from jobq.backend import DECODING, IDLE, LANES, LIMIT, NO_LIMIT, STOPPING, Backend, Waitable, Worker
+from jobq.wire import Totals
+
+if TYPE_CHECKING:
+    from jobq.scheduler import Line
+
+#: So many deaths in a row, with no job of the stage finished between them, and the run gives up.
+CRASH_LIMIT = 5
+#: A job in hand for so many seconds is slow: what waits behind it goes to a worker that is free.
+SLOW_SECONDS = 0.002
+
+
+@dataclass(slots=True)
+class Member:
+    """A worker, as its pool knows it."""
+
+    pool: Pool
+    index: int
+    worker: Worker
+    ready: bool = False
+    closing: bool = False
+    recalled: bool = False
+    gone: bool = False
+    registered: tuple[Waitable, ...] = ()
+    totals: Totals = field(default_factory=Totals)
+    sample: int = IDLE
+    sampled_at: float = 0.0
+
+    @property
+    def load(self) -> int:
+        """How many jobs it was sent and has not answered."""
+        return self.pool.line.outstanding(self.worker.name)
+
+    def tickets(self) -> list[int]:
+        """Return the tickets of the jobs in hand."""
+        page = self.worker.page
+        return [ticket for ticket in (page[word] for word in range(LANES, len(page), 2)) if ticket != IDLE]
+
+    def decoding(self) -> int | None:
+        """Return the number of the chunk whose items are being decoded."""
+        number = self.worker.page[DECODING]
+        return None if number == IDLE else number
+
+    def stop_beginning(self) -> int:
+        """Keep the worker from beginning more jobs; return the first ticket that it will not begin."""
+        page = self.worker.page
+        begun = max(self.tickets(), default=IDLE)
+        page[LIMIT] = begun + 1
+        # The worker writes its ticket, then reads the limit; we write the limit, then read the ticket. A
+        # system call between the two lets our store be seen first, so one of us notices the other.
+        time.sleep(0)
+        return max(begun, max(self.tickets(), default=IDLE)) + 1
+
+    def allow_all(self) -> None:
+        """Lift the limit, once everything that was taken back has been answered."""
+        self.recalled = False
+        self.worker.page[LIMIT] = NO_LIMIT
+
+
+class Pool:
+    """The workers of one stage. ``started`` is called with each new member."""
+
+    def __init__(self, line: Line, backend: Backend, size: int, started: Callable[[Member], None]) -> None:
+        self.line = line
+        self.size = size
+        self.members: list[Member] = []
+        self.restarts = 0
+        self.totals: list[Totals] = []
+        self._backend = backend
+        self._started = started
+        self._serial = 0
+        self._deaths = 0
+        self._settled_at_death = 0
+
+    def start(self) -> None:
+        """Start every worker."""
+        for index in range(self.size):
+            self._start(index)
+
+    def _start(self, index: int) -> None:
+        self._serial += 1
+        name = (
+            f"{self.line.name}-{index + 1}"
+            if self._serial <= self.size
+            else (f"{self.line.name}-{index + 1}.{self._serial - self.size + 1}")
+        )
+        worker = self._backend.start(name, recipe_name(self.line.name, index))
+        member = Member(self, index, worker)
+        self.members.append(member)
+        self._started(member)
+
+    def replace(self, member: Member) -> None:
+        """Start a worker in the place of one that died."""
+        self.restarts += 1
+        self._start(member.index)
+
+    def remove(self, member: Member) -> None:
+        """Forget a worker that has ended; its counts stay."""
+        member.gone = True
+        self.totals.append(member.totals)
+        self.members.remove(member)
+
+    def died(self) -> int:
+        """Count a death; return how many there were in a row without a job finished between them."""
+        books = self.line.books
+        settled = books.done + books.filtered + books.dead + books.retried
+        self._deaths = self._deaths + 1 if settled == self._settled_at_death else 1
+        self._settled_at_death = settled
+        return self._deaths
+
+    def close(self) -> None:
+        """Tell every worker that no more orders come."""
+        for member in self.members:
+            if not member.closing:
+                member.closing = True
+                member.worker.close()
+
+    def stop_giving(self) -> None:
+        """Let producers end at their next yield, and say to all that the run is being stopped."""
+        for member in self.members:
+            member.worker.page[STOPPING] = 1
+            if self.line.is_producer:
+                member.worker.page[LIMIT] = 0
+
+    def kill(self) -> None:
+        """Stop every worker now."""
+        for member in self.members:
+            member.worker.kill()
+
+
+def recipe_name(stage: str, index: int) -> str:
+    """Return the name of the recipe for worker number *index* of *stage*: producers' differ by their shard."""
+    return f"{stage}/{index}"

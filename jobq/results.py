@@ -1,0 +1,208 @@
+"""Where a run's results go: nowhere, into a list, into a file, or to a loop that reads them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import selectors
+import stat
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+from jobq.backend import Waitable
+from jobq.wire import Block, PackedObjects
+
+#: Results that may wait for their reader: a bounded edge like any other.
+RESULTS_SIZE = 1000
+#: A pipe that is ready for writing takes at least so much without making us wait (POSIX).
+PIPE_BUF = select.PIPE_BUF
+
+
+class Sink(Protocol):
+    """Takes results from the driver's thread. ``kind`` is the form in which workers make them."""
+
+    kind: Literal["items", "json", "count"]
+
+    def put(self, stage: str, block: Block) -> None:
+        """Take a block of results. Never waits."""
+        ...
+
+    @property
+    def room(self) -> int:
+        """How many more results are welcome."""
+        ...
+
+    @property
+    def waitable(self) -> Waitable | None:
+        """What to wait for before calling `flush`, while something is left to write."""
+        ...
+
+    def flush(self) -> None:
+        """Write what can be written without waiting."""
+        ...
+
+
+class Discard:
+    """Results are counted only."""
+
+    kind: Literal["items", "json", "count"] = "count"
+    room = 1 << 40
+    waitable: Waitable | None = None
+
+    def put(self, stage: str, block: Block) -> None:
+        """Forget it."""
+
+    def flush(self) -> None:
+        """Nothing is left to write."""
+
+
+class Collect:
+    """Results are kept, undecoded, in order of arrival."""
+
+    kind: Literal["items", "json", "count"] = "items"
+    room = 1 << 40
+    waitable: Waitable | None = None
+
+    def __init__(self) -> None:
+        self.blocks: list[Block] = []
+
+    def put(self, stage: str, block: Block) -> None:  # noqa: ARG002  # all results are alike
+        """Keep it."""
+        self.blocks.append(block)
+
+    def flush(self) -> None:
+        """Nothing is left to write."""
+
+
+class JsonLines:
+    """
+    Results are written to a descriptor as JSON lines, which the workers made.
+
+    ``closed`` says that nobody reads any more (`EPIPE`), ``problem`` what else went wrong.
+    """
+
+    kind: Literal["items", "json", "count"] = "json"
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._regular = stat.S_ISREG(os.fstat(fd).st_mode)
+        self._pending: deque[memoryview] = deque()
+        self._items: deque[int] = deque()
+        self._waiting = 0
+        self._waitable = Waitable(fd, selectors.EVENT_WRITE)
+        self.closed = False
+        self.problem: OSError | None = None
+
+    def put(self, stage: str, block: Block) -> None:  # noqa: ARG002  # all results are alike
+        """Write it now as far as the reader takes it, the rest later."""
+        if not isinstance(block, PackedObjects) or self.closed or self.problem:
+            return
+        self._pending.append(memoryview(block.body))
+        self._items.append(block.count)
+        self._waiting += block.count
+        self.flush()
+
+    @property
+    def room(self) -> int:
+        """How many more results are welcome."""
+        return RESULTS_SIZE - self._waiting
+
+    @property
+    def waitable(self) -> Waitable | None:
+        """The descriptor, while something is left to write."""
+        return self._waitable if self._pending else None
+
+    def flush(self) -> None:
+        """Write what can be written without waiting."""
+        try:
+            while self._pending:
+                if not self._regular and not self._ready():
+                    return
+                # Shared terminals and pipes must not be made non-blocking: small writes can't block.
+                view = self._pending[0]
+                size = len(view) if self._regular else PIPE_BUF
+                rest = view[os.write(self._fd, view[:size]) :]
+                if rest:
+                    self._pending[0] = rest
+                else:
+                    self._pending.popleft()
+                    self._waiting -= self._items.popleft()
+        except OSError as error:
+            self.closed = error.errno == errno.EPIPE
+            self.problem = None if self.closed else error
+            self._pending.clear()
+            self._items.clear()
+            self._waiting = 0
+
+    def _ready(self) -> bool:
+        poll = select.poll()
+        poll.register(self._fd, select.POLLOUT)
+        return bool(poll.poll(0))
+
+
+class Stream:
+    """
+    Results are handed to another thread, which takes them block by block.
+
+    When the reader is slow, `room` shrinks and the driver starts no job that gives results; *wake* is
+    called when there is room again.
+    """
+
+    kind: Literal["items", "json", "count"] = "items"
+    waitable: Waitable | None = None
+
+    def __init__(self) -> None:
+        self._blocks: deque[Block] = deque()
+        self._waiting = 0
+        self._changed = threading.Condition()
+        self._ended = False
+        self.wake: Callable[[], None] = lambda: None
+
+    def put(self, stage: str, block: Block) -> None:  # noqa: ARG002  # all results are alike
+        """Hand it over."""
+        with self._changed:
+            self._blocks.append(block)
+            self._waiting += block.count
+            self._changed.notify()
+
+    @property
+    def room(self) -> int:
+        """How many more results are welcome."""
+        return RESULTS_SIZE - self._waiting
+
+    def flush(self) -> None:
+        """Nothing is left to write."""
+
+    def end(self) -> None:
+        """Say that no more results come."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify()
+
+    def poll(self) -> Block | None:
+        """Return the next block if there is one."""
+        with self._changed:
+            return self._pop() if self._blocks else None
+
+    def take(self) -> Block | None:
+        """Return the next block, waiting for it; None: no more come."""
+        with self._changed:
+            while not self._blocks:
+                if self._ended:
+                    return None
+                self._changed.wait()
+            block = self._pop()
+        return block
+
+    def _pop(self) -> Block:
+        was_full = self.room <= 0
+        block = self._blocks.popleft()
+        self._waiting -= block.count
+        if was_full and self.room > 0:
+            with contextlib.suppress(OSError):  # the run ended meanwhile
+                self.wake()
+        return block

@@ -1,0 +1,307 @@
+"""A run from its parts: checked graph, bound parameters, recipes, backend, scheduler, driver; then its report."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from jobq import backends, events
+from jobq.backend import Backend, Plan, Preload
+from jobq.driver import KILL, Driver
+from jobq.errors import PipelineError
+from jobq.graph import Edge, Graph, Node, Route, bind, find_by_name_problems
+from jobq.inputs import NAME, input_stage
+from jobq.letters import Letters
+from jobq.options import RunOptions
+from jobq.outcome import Outcome
+from jobq.report import EdgeCounts, Report
+from jobq.results import Collect, Sink
+from jobq.scheduler import Scheduler
+from jobq.stage import Shard
+from jobq.work import ResourceUse, RouteUse, StageRecipe
+
+if TYPE_CHECKING:
+    from jobq.observe.log import LogSettings
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass(slots=True)
+class Watchers:
+    """Those who hear of a run's events; one that raises is not told again, and harms nobody."""
+
+    observers: list[events.Observer]
+
+    def tell(self, event: events.Event) -> None:
+        """Tell everybody."""
+        for observer in tuple(self.observers):
+            try:
+                observer(event)
+            except Exception:  # an observer's bug must not be the run's
+                self.observers.remove(observer)
+
+
+@dataclass(slots=True)
+class Running:
+    """One run, ready to be driven: by `Driver.run` in this thread, or step by step by whoever waits."""
+
+    id: str
+    name: str
+    graph: Graph
+    options: RunOptions
+    backend: Backend
+    driver: Driver
+    sink: Sink
+    letters: Letters
+    watchers: Watchers
+    began: float
+    start_method: str
+
+    def conclude(self) -> Outcome:
+        """Return how the run ended; call it when the driver is through, in the caller's thread."""
+        driver, codec = self.driver, self.backend.codec
+        if driver.ending.level < KILL:
+            for cancelled in driver.cancelled:
+                for event in self.letters.cancelled(cancelled.stage, cancelled.parts, codec):
+                    self.watchers.tell(event)
+        counts = driver.counts()
+        seconds = time.monotonic() - self.began
+        self.watchers.tell(events.RunEnded(self.id, seconds, counts))
+        ending, imbalance = driver.ending, driver.imbalance()
+        stopped = ending.signal if ending.level and ending.interrupted else None
+        closed = bool(getattr(self.sink, "closed", False))
+        report = Report(
+            run=self.id,
+            pipeline=self.name,
+            ok=not any(one.dead or one.cancelled for one in counts.values()),
+            seconds=seconds,
+            dead=self.letters.finish(codec),
+            stages=counts,
+            edges=[
+                EdgeCounts(
+                    source=edge.source, target=edge.target, emitted=edge.received, received=edge.received
+                )
+                for edge in driver.scheduler.edges
+            ],
+        )
+        if isinstance(self.sink, Collect):
+            report.results = [item for block in self.sink.blocks for item in codec.decode(block)]
+        return Outcome(
+            report,
+            signal=stopped,
+            gave_up=ending.gave_up,
+            unbalanced=imbalance if ending.level < KILL else None,
+            stdout_closed=closed,
+            exceptions=tuple(self.letters.exceptions()),
+        )
+
+    @contextlib.contextmanager
+    def signals(self) -> Iterator[None]:
+        """
+        Let Ctrl-C and SIGTERM climb the ladder inside the ``with``; then they are as they were.
+
+        Only the main thread may set handlers: in another, signals stay the program's own business.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def climb(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  # the handler's form
+            self.driver.request_stop(number)
+
+        before = {}
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, climb)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def prepare(
+    graph: Graph,
+    options: RunOptions,
+    parameters: Mapping[str, Any],
+    *,
+    name: str,
+    texts: bool,
+    observers: Sequence[events.Observer],
+    sink: Sink,
+    preload: Preload | None = None,
+    target: str | None = None,
+    log: LogSettings | None = None,
+) -> Running:
+    """
+    Return a run that is ready to start: no worker exists yet.
+
+    Raises `PipelineError` for whatever can be known to be wrong before, `BackendUnavailable`.
+    """
+    backend_class = backends.load(options.backend)
+    values = bind(graph, parameters, texts, producers=options.input is None)
+    if options.input is not None:
+        graph, read = _with_input(graph, options)
+        values[NAME] = read
+    sizes = _sizes(graph, options)
+    own_thread = backend_class.own_thread
+    lanes = {
+        key: node.stage.consumer.concurrency if node.stage.kind == "consumer" and own_thread else 1
+        for key, node in graph.nodes.items()
+    }
+    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+    recipes = {
+        f"{key}/{index}": _recipe(
+            graph, node, values, sink, run_id, Shard(index, sizes[key]), lanes[key], own_thread, log
+        )
+        for key, node in graph.nodes.items()
+        for index in range(sizes[key])
+    }
+    daemon = {
+        f"{key}/{index}": node.stage.kind == "producer" or node.stage.consumer.daemon
+        for key, node in graph.nodes.items()
+        for index in range(sizes[key])
+    }
+    problems = find_by_name_problems(graph, _promised_start_method(options))
+    if problems:
+        raise PipelineError(*problems)
+    began = time.monotonic()
+    backend = backend_class(Plan(recipes, options.start_method, preload, daemon))  # type: ignore[call-arg]  # a Protocol has no constructor
+    try:
+        problems = find_by_name_problems(graph, backend.start_method)
+        if problems:
+            raise PipelineError(*problems)
+        watchers = Watchers(list(observers))
+        letters = Letters(run_id, name, target)
+
+        driver = Driver(
+            Scheduler(graph, sizes, lanes, random.Random()),
+            backend,
+            sizes,
+            sink,
+            watchers.tell,
+            shutdown_timeout=options.shutdown_timeout,
+            failure_limit=options.failure_limit,
+            letter=letters.make,
+            ticking=options.progress,
+        )
+    except BaseException:
+        backend.close()
+        raise
+    running = Running(
+        run_id, name, graph, options, backend, driver, sink, letters, watchers, began, backend.start_method
+    )
+    if options.dead_letters is not None:
+        from jobq.observe.dead_file import DeadLetterFile
+
+        file = DeadLetterFile(options.dead_letters, run=run_id, pipeline=name, target=target)
+        watchers.observers.append(file)
+    watchers.tell(events.RunStarted(run_id, name, backend.name, backend.start_method, tuple(graph.nodes)))
+    return running
+
+
+def _promised_start_method(options: RunOptions) -> str:
+    """Return the start method if the user named one that can be judged before anything starts."""
+    return options.start_method if options.backend not in {"thread", "inline"} else "fork"
+
+
+def _with_input(graph: Graph, options: RunOptions) -> tuple[Graph, dict[str, Any]]:
+    """Return *graph* with a stage that reads ``--input`` in place of its producers."""
+    assert options.input is not None
+    consumers = graph.consumers()
+    if not consumers:
+        raise PipelineError(f"pipeline {graph.name!r} has no consumer that could take the items of --input.")
+    first = consumers[0].stage
+    stage, values = input_stage(options.input, first)
+    from jobq.annotations import Signature
+
+    signature = Signature(
+        many=True, gives=True, outputs=(consumers[0].signature.item_type,), is_generator=True
+    )
+    node = Node(stage, signature, (Route((first.name,)),), (0,))
+    kept = {name: one for name, one in graph.nodes.items() if one.stage.kind == "consumer"}
+    edges = (Edge(NAME, first.name), *(edge for edge in graph.edges if edge.source in kept))
+    return (
+        Graph({NAME: node, **kept}, graph.resources, edges, graph.loops, graph.name),
+        values,
+    )
+
+
+def _sizes(graph: Graph, options: RunOptions) -> dict[str, int]:
+    """Return how many workers each stage gets."""
+    wanted = options.workers
+    if isinstance(wanted, dict):
+        unknown = [name for name in wanted if name not in graph.nodes]
+        if unknown:
+            raise PipelineError(
+                *(
+                    f"workers: there is no stage {name!r}; there are {', '.join(graph.nodes)}."
+                    for name in unknown
+                )
+            )
+    sizes = {}
+    for name, node in graph.nodes.items():
+        sizes[name] = node.stage.options.workers
+        if isinstance(wanted, dict):
+            sizes[name] = wanted.get(name, sizes[name])
+        elif wanted is not None and node.stage.kind == "consumer":
+            sizes[name] = wanted
+    return sizes
+
+
+def _recipe(
+    graph: Graph,
+    node: Node,
+    values: Mapping[str, Mapping[str, Any]],
+    sink: Sink,
+    run_id: str,
+    shard: Shard,
+    lanes: int,
+    own_thread: bool,
+    log: LogSettings | None,
+) -> StageRecipe:
+    resources = (
+        tuple(
+            ResourceUse(
+                graph.resources[name].resource,
+                graph.resources[name].signature,
+                values.get(f"resource:{name}", {}),
+            )
+            for name in graph.opening_order(node.stage.name)
+        )
+        if node.stage.name in graph.nodes and node.resources
+        else ()
+    )
+    return StageRecipe(
+        run_id,
+        node.stage,
+        node.signature,
+        tuple(_route_use(graph, route, sink) for route in node.routes),
+        node.member_routes,
+        values.get(node.stage.name, {}),
+        resources,
+        shard,
+        lanes,
+        own_thread,
+        log,
+        node.stage.name == NAME and node.stage.kind == "producer" and "source" in values.get(NAME, {}),
+    )
+
+
+def _route_use(graph: Graph, route: Route, sink: Sink) -> RouteUse:
+    if not route.takers:
+        return RouteUse(sink.kind)
+    keys: list[tuple[int, Callable[..., Any]]] = []
+    for place, taker in enumerate(route.takers):
+        key = graph.nodes[taker].stage.consumer.key
+        if key is not None:
+            keys.append((place, key))
+    return RouteUse("items", tuple(keys))

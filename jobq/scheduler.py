@@ -1,0 +1,831 @@
+"""
+The books: what is queued, in flight and due at every stage, and what happens next to each job.
+
+    accept ──> waiting ──take──> flight ──settle──> done, filtered ──> outputs: accept at the takers
+                  ^                 │
+                  ├── take_back ────┤ (not begun, and somebody is free)
+                  ├── lost ─────────┤ (the worker died)
+                  └── due <─ delayed ─ (failed, to be tried again)        or: dead
+
+Pure: no input or output, no clock of its own, no decoding of items. A `Chunk` is the unit of its work;
+single jobs appear only where something happened to one of them.
+"""
+
+from __future__ import annotations
+
+import heapq
+from array import array
+from bisect import bisect_left
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from jobq.ordering import Sequencer
+from jobq.policy import Uniform, retry_delay
+from jobq.wire import Answer, Block, Chunk, Failure, Grant, Output, Part
+
+if TYPE_CHECKING:
+    from jobq.graph import Graph, Node
+
+Ranges = list[tuple[int, int]]
+
+#: Never more jobs in a chunk, whatever their size: past 1024 tiny ints nothing is gained.
+CHUNK_JOBS = 1024
+#: Nor more bytes: past 64 KiB a chunk falls out of the caches.
+CHUNK_BYTES = 64 * 1024
+#: A chunk should take about so many seconds: long beside its transport, short beside a person.
+CHUNK_SECONDS = 0.003
+
+
+@dataclass(slots=True)
+class Flight:
+    """A chunk at a worker. ``open`` are the index ranges that are neither settled nor taken back."""
+
+    chunk: Chunk
+    open: Ranges
+    starts: list[int]
+    solo: bool = False
+
+    def spans(self, low: int, high: int) -> Iterable[tuple[Part, int, int]]:
+        """Yield ``(part, low, high)`` of every part that holds some of the jobs ``low <= index < high``."""
+        at = bisect_left(self.starts, low + 1) - 1
+        while low < high:
+            part, start = self.chunk.parts[at], self.starts[at]
+            stop = min(high, start + part.block.count)
+            yield part, low - start, stop - start
+            low, at = stop, at + 1
+
+    def parts(self, ranges: Iterable[tuple[int, int]]) -> list[Part]:
+        """Return the jobs of *ranges* as parts."""
+        return [part.take(a, b) for low, high in ranges for part, a, b in self.spans(low, high)]
+
+    def job(self, index: int) -> Part:
+        """Return one job."""
+        return self.parts([(index, index + 1)])[0]
+
+    def close(self, low: int, high: int) -> Ranges:
+        """Take ``low <= index < high`` out of ``open``; return those that were open."""
+        if self.open and self.open[0][0] == low and high <= self.open[0][1]:  # nearly always
+            end = self.open[0][1]
+            if high == end:
+                del self.open[0]
+            else:
+                self.open[0] = (high, end)
+            return [(low, high)]
+        left: Ranges = []
+        closed: Ranges = []
+        for a, b in self.open:
+            inner = (max(a, low), min(b, high))
+            if inner[0] >= inner[1]:
+                left.append((a, b))
+                continue
+            closed.append(inner)
+            left += [piece for piece in ((a, inner[0]), (inner[1], b)) if piece[0] < piece[1]]
+        self.open = left
+        return closed
+
+
+@dataclass(slots=True)
+class GrantFlight:
+    """Leave to give items that a producer's worker holds: so many of them are still to come."""
+
+    grant: Grant
+    left: int
+
+
+@dataclass(frozen=True, slots=True)
+class Retried:
+    """A job failed and waits for its next attempt."""
+
+    stage: str
+    worker: str
+    part: Part
+    failure: Failure
+    delay: float
+
+
+@dataclass(frozen=True, slots=True)
+class Dead:
+    """A job was given up. ``part`` is None where a producer failed, ``loadable`` False where loading the
+    item may have killed its worker."""
+
+    stage: str
+    worker: str
+    part: Part | None
+    failure: Failure
+    status: str = "dead"
+    loadable: bool = True
+
+
+@dataclass(slots=True)
+class Edge:
+    """What went along one edge, as the driver saw it."""
+
+    source: str
+    target: str | None
+    route: int
+    received: int = 0
+
+
+@dataclass(slots=True)
+class Books:
+    """A stage's counts, as the driver keeps them. ``late`` were answered twice and counted once."""
+
+    received: int = 0
+    done: int = 0
+    filtered: int = 0
+    duplicates: int = 0
+    dead: int = 0
+    cancelled: int = 0
+    emitted: int = 0
+    retried: int = 0
+    redelivered: int = 0
+    failed: int = 0
+    late_done: int = 0
+    late_filtered: int = 0
+    late_failed: int = 0
+    late_emitted: dict[int, int] = field(default_factory=dict)
+    busy_seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class Line:
+    """One stage: what waits before it, what its workers have, what it gave."""
+
+    name: str
+    node: Node
+    lanes: int
+    takers: list[list[Line | None]] = field(default_factory=list)  # by route; None = results
+    edges: list[list[Edge]] = field(default_factory=list)  # likewise
+    ahead: list[Line] = field(default_factory=list)  # takers that may hold this stage back
+    before: set[str] = field(default_factory=set)  # every stage from which an item can come here
+    waiting: deque[Part] = field(default_factory=deque)
+    solo: deque[Part] = field(default_factory=deque)
+    groups: deque[list[Part]] = field(default_factory=deque)  # batches that are tried again whole
+    delayed: list[tuple[float, int, list[Part]]] = field(default_factory=list)
+    queued: int = 0  # jobs in waiting, solo, groups and delayed
+    queued_bytes: int = 0
+    flying: int = 0
+    flying_bytes: int = 0
+    promised: int = 0
+    promised_bytes: int = 0
+    next_number: int = 0
+    oldest: float | None = None  # since when something waits for a batch to fill
+    service: float | None = None  # seconds a job, moving average
+    target: int = 1  # jobs that a chunk should have
+    producing: int = 0  # workers of a producer that have not ended
+    ended: set[str] = field(default_factory=set)  # those that have
+    books: Books = field(default_factory=Books)
+    seen: set[str] = field(default_factory=set)
+    flights: dict[str, dict[int, Flight]] = field(default_factory=dict)
+    grants: dict[str, dict[int, GrantFlight]] = field(default_factory=dict)
+    sent: dict[str, int] = field(default_factory=dict)  # tickets given out, by worker
+    sequencer: Sequencer[tuple[Output, tuple[int, ...] | None]] | None = None
+
+    @property
+    def is_producer(self) -> bool:
+        """Whether this stage has no inputs."""
+        return self.node.stage.kind == "producer"
+
+    @property
+    def batch(self) -> int | None:
+        """How many items one call takes, if the stage takes lists."""
+        return None if self.is_producer else self.node.stage.consumer.batch
+
+    @property
+    def capacity(self) -> int:
+        """How many jobs may be before this stage or in its workers' hands."""
+        options = self.node.stage.consumer
+        in_hand = self.lanes * max(1, min(self.target, options.queue_size // 2))
+        return max(options.queue_size, options.batch or 0) + in_hand
+
+    @property
+    def room(self) -> int:
+        """How many more jobs may be on their way here; may be negative."""
+        return self.capacity - self.queued - self.flying - self.promised
+
+    @property
+    def room_bytes(self) -> int:
+        """How many more bytes may be on their way here; may be negative."""
+        limit = self.node.stage.consumer.queue_bytes
+        return limit - self.queued_bytes - self.flying_bytes - self.promised_bytes
+
+    @property
+    def unsettled(self) -> int:
+        """How many jobs are queued or in flight."""
+        return self.queued + self.flying
+
+    def outstanding(self, worker: str) -> int:
+        """Return how many jobs *worker* has been sent and not answered."""
+        return sum(b - a for f in self.flights.get(worker, {}).values() for a, b in f.open)
+
+
+class Scheduler:
+    """Every stage's books, and the moves between them. `happened` and `results` are for the driver to empty."""
+
+    def __init__(self, graph: Graph, workers: dict[str, int], lanes: dict[str, int], chance: Uniform) -> None:
+        self._chance = chance
+        self._serial = 0
+        self.lines = {
+            name: Line(name, node, workers[name] * lanes[name]) for name, node in graph.nodes.items()
+        }
+        self.edges: list[Edge] = []
+        self.happened: list[Retried | Dead] = []
+        self.results: list[tuple[str, Block, tuple[int, ...] | None]] = []
+        self.settled_roots: list[tuple[int, int]] = []
+        self.results_room: Callable[[], int] = lambda: CHUNK_JOBS
+        self._results_promised = 0
+        for line in self.lines.values():
+            self._wire(line, graph)
+        before = _before(self.lines)
+        for line in self.lines.values():
+            line.before = before[line.name]
+            if line.is_producer:
+                line.producing = workers[line.name]
+            elif line.node.stage.consumer.ordered:
+                line.sequencer = Sequencer()
+
+    def _wire(self, line: Line, graph: Graph) -> None:
+        for number, route in enumerate(line.node.routes):
+            takers: list[Line | None] = [self.lines[name] for name in route.takers] or [None]
+            edges = [Edge(line.name, taker.name if taker else None, number) for taker in takers]
+            self.edges += edges
+            line.takers.append(takers)
+            line.edges.append(edges)
+        line.ahead = [
+            self.lines[target]
+            for target in dict.fromkeys(edge.target for edge in self.edges if edge.source == line.name)
+            if target is not None and (line.name, target) not in graph.loops
+        ]
+
+    # ── items arrive ─────────────────────────────────────────────────────────
+
+    def emit(self, line: Line, output: Output, roots: tuple[int, ...] | None, now: float) -> None:
+        """Give *output* of a stage to everyone who takes its route."""
+        count = output.block.count
+        line.books.emitted += count
+        keys = dict(output.keys)
+        for place, (taker, edge) in enumerate(
+            zip(line.takers[output.route], line.edges[output.route], strict=True)
+        ):
+            edge.received += count
+            if taker is None:
+                self.results.append((line.name, output.block, roots))
+            else:
+                self.accept(taker, output.block, keys.get(place), roots, now)
+
+    def accept(
+        self,
+        line: Line,
+        block: Block,
+        keys: tuple[str, ...] | None,
+        roots: tuple[int, ...] | None,
+        now: float,
+    ) -> None:
+        """Queue a block's items as jobs of *line*; items whose key was seen before are filtered."""
+        line.books.received += block.count
+        if keys is None:
+            self._enqueue(line, block, None, roots, now)
+            return
+        start = None
+        for index, key in enumerate((*keys, None)):
+            new = isinstance(key, str) and key not in line.seen
+            if isinstance(key, tuple):
+                self._without_key(line, block.take(index, index + 1), key[1])
+            elif new and key is not None:
+                line.seen.add(key)
+            elif key is not None:
+                line.books.filtered += 1
+                line.books.duplicates += 1
+            if new and start is None:
+                start = index
+            elif not new and start is not None:
+                part_roots = roots[start:index] if roots is not None else None
+                self._enqueue(line, block.take(start, index), keys[start:index], part_roots, now)
+                start = None
+
+    def _enqueue(
+        self,
+        line: Line,
+        block: Block,
+        keys: tuple[str, ...] | None,
+        roots: tuple[int, ...] | None,
+        now: float,
+    ) -> None:
+        part = Part(line.next_number, block, 1, 1, keys, roots)
+        line.next_number += block.count
+        line.waiting.append(part)
+        line.queued += block.count
+        line.queued_bytes += block.nbytes
+        if line.oldest is None:
+            line.oldest = now
+
+    def _without_key(self, line: Line, block: Block, why: str) -> None:
+        """Make a dead letter of an item whose key could not be computed."""
+        part = Part(line.next_number, block)
+        line.next_number += 1
+        self._bury(line, "", part, Failure(0, "payload", "PayloadError", f"{line.name}(): {why}", ""))
+
+    def put_back(self, line: Line, parts: Sequence[Part], *, solo: bool = False) -> None:
+        """Queue *parts* again, before everything else, in order."""
+        (line.solo if solo else line.waiting).extendleft(reversed(parts))
+        for part in parts:
+            line.queued += part.block.count
+            line.queued_bytes += part.block.nbytes
+
+    # ── jobs are given out ───────────────────────────────────────────────────
+
+    def startable(self, line: Line) -> int:
+        """Return how many jobs of *line* may start now, as far as the stages after it have room."""
+        room = CHUNK_JOBS
+        for taker in line.ahead:
+            room = min(room, taker.room if taker.room_bytes > 0 else 0)
+        if any(None in takers for takers in line.takers):
+            room = min(room, self.results_room() - self._results_promised)
+        if line.sequencer is not None:
+            held = line.next_number - line.queued - line.sequencer.head - line.flying
+            room = min(room, line.node.stage.consumer.queue_size - max(0, held))
+        return max(0, room)
+
+    def take(self, line: Line, worker: str, limit: int) -> Chunk | None:
+        """
+        Return a chunk of at most *limit* jobs for *worker*, now in flight; None if there is none to give.
+
+        A job that is tried alone (`solo`) travels alone, to a worker that has nothing else.
+        """
+        limit = min(limit, self.startable(line))
+        if limit <= 0:
+            return None
+        flights = line.flights.setdefault(worker, {})
+        if any(flight.solo for flight in flights.values()):
+            return None
+        solo = bool(line.solo)
+        if solo:
+            if flights:
+                return None
+            parts = [self._cut(line.solo, 1)]
+        elif line.groups:
+            parts = line.groups.popleft()
+        else:
+            parts = self._gather(line, limit)
+        if not parts:
+            return None
+        count = sum(part.block.count for part in parts)
+        nbytes = sum(part.block.nbytes for part in parts)
+        number = line.sent.get(worker, 0)
+        line.sent[worker] = number + count
+        chunk = Chunk(number, tuple(parts), count)
+        starts = [0, *accumulate(part.block.count for part in parts[:-1])]
+        flights[number] = Flight(chunk, [(0, count)], starts, solo)
+        line.queued -= count
+        line.queued_bytes -= nbytes
+        line.flying += count
+        line.flying_bytes += nbytes
+        self._promise(line, count)
+        return chunk
+
+    def _gather(self, line: Line, limit: int) -> list[Part]:
+        parts: list[Part] = []
+        nbytes = 0
+        while limit > 0 and line.waiting:
+            head = line.waiting[0]
+            size = head.block.nbytes
+            fits = limit
+            if line.batch is None and size > CHUNK_BYTES - nbytes:
+                share = (CHUNK_BYTES - nbytes) * head.block.count // size
+                if share < 1 and parts:
+                    break
+                fits = min(limit, max(1, share))
+            part = self._cut(line.waiting, fits)
+            parts.append(part)
+            nbytes += part.block.nbytes
+            limit -= part.block.count
+        if not line.waiting:
+            line.oldest = None
+        return parts
+
+    @staticmethod
+    def _cut(queue: deque[Part], limit: int) -> Part:
+        """Take at most *limit* jobs off the head of *queue*."""
+        head = queue.popleft()
+        count = head.block.count
+        if count <= limit:
+            return head
+        queue.appendleft(head.take(limit, count))
+        return head.take(0, limit)
+
+    def _promise(self, line: Line, count: int) -> None:
+        for taker in line.ahead:
+            taker.promised += count
+        if any(None in takers for takers in line.takers):
+            self._results_promised += count
+
+    def grant(self, line: Line, worker: str) -> Grant | None:
+        """Return leave for a producer's worker to give more items, if the stages after it have room."""
+        grants = line.grants.setdefault(worker, {})
+        room, nbytes, wanted = self.startable(line), 1 << 40, CHUNK_JOBS
+        rivals = line.producing
+        for taker in line.ahead:
+            nbytes = min(nbytes, taker.room_bytes)
+            wanted = min(wanted, max(1, taker.target))
+            rivals = max(rivals, sum(self.lines[name].producing for name in taker.before))
+        if room <= 0 or (grants and room < min(wanted, CHUNK_JOBS)):
+            return None
+        # Two grants for each rival: one that is being used and one that follows it without a pause.
+        count = max(1, min(room, max(wanted, room // (2 * max(1, rivals)))))
+        number = line.sent.get(worker, 0)
+        line.sent[worker] = number + count
+        grant = Grant(number, count, max(1, nbytes // (2 * max(1, rivals))))
+        grants[number] = GrantFlight(grant, count)
+        self._promise(line, count)
+        for taker in line.ahead:
+            taker.promised_bytes += grant.nbytes
+        return grant
+
+    # ── answers ──────────────────────────────────────────────────────────────
+
+    def settle_grant(self, line: Line, worker: str, answer: Answer, now: float) -> None:
+        """Take what a producer gave."""
+        flight = line.grants[worker][answer.number]
+        given = sum(high - low for low, high in answer.settled)
+        books = line.books
+        books.received += given
+        books.done += given
+        books.busy_seconds += answer.busy
+        for output in answer.outputs:
+            self.emit(line, output, None, now)
+        for failure in answer.failures:
+            books.received += 1
+            books.failed += 1
+            self._bury(line, worker, None, failure)
+        used = given + sum(failure.index >= 0 for failure in answer.failures)
+        flight.left -= used
+        self._promise(line, -used)
+        if answer.final:
+            self._return_grant(line, worker, answer.number)
+        if answer.ended:
+            self._has_ended(line, worker)
+
+    @staticmethod
+    def _has_ended(line: Line, worker: str) -> None:
+        line.ended.add(worker)
+        line.producing -= 1
+
+    def _return_grant(self, line: Line, worker: str, number: int) -> None:
+        flight = line.grants[worker].pop(number)
+        self._promise(line, -flight.left)
+        for taker in line.ahead:
+            taker.promised_bytes -= flight.grant.nbytes
+
+    def settle(self, line: Line, worker: str, answer: Answer, now: float) -> None:
+        """Take the outcomes of a chunk's jobs: what they gave goes on, failed ones are retried or dead."""
+        flight = line.flights[worker][answer.number]
+        books = line.books
+        books.busy_seconds += answer.busy
+        closed: Ranges = []
+        asked = 0
+        for low, high in answer.settled:
+            asked += high - low
+            closed += flight.close(low, high)
+        settled = sum(high - low for low, high in closed)
+        outputs, filtered = answer.outputs, len(answer.filtered)
+        if settled != asked:
+            outputs, filtered = self._without_late(line, flight, answer, closed, asked - settled)
+        books.done += settled - filtered
+        books.filtered += filtered
+        self._landed(line, flight, closed)
+        if settled and answer.busy:
+            self._learn(line, answer.busy / (settled + len(answer.failures)))
+        self._pass_on(line, flight, outputs, closed, now)
+        again = [part for failure in answer.failures for part in self._failed(line, worker, flight, failure)]
+        if again:
+            self._delay(line, again, now)
+        if line.sequencer is not None:
+            for output, roots in line.sequencer.release():
+                self.emit(line, output, roots, now)
+        if answer.final:
+            del line.flights[worker][answer.number]
+            if flight.open:  # the worker says that it is through: these were never begun
+                self._landed(line, flight, flight.open)
+                self.put_back(line, flight.parts(flight.open))
+
+    def _landed(self, line: Line, flight: Flight, ranges: Ranges) -> None:
+        count = sum(high - low for low, high in ranges)
+        if not count:
+            return
+        line.flying -= count
+        if count == flight.chunk.count:
+            line.flying_bytes -= sum(part.block.nbytes for part in flight.chunk.parts)
+        else:
+            line.flying_bytes -= sum(part.block.nbytes for part in flight.parts(ranges))
+        if not line.flying:
+            line.flying_bytes = 0  # parts of scalars share their body's bytes only roughly
+        self._promise(line, -count)
+
+    def _without_late(
+        self, line: Line, flight: Flight, answer: Answer, closed: Ranges, late: int
+    ) -> tuple[tuple[Output, ...], int]:
+        """Leave out what jobs gave that had been taken back: another worker answers for them."""
+        kept = {index for low, high in closed for index in range(low, high)}
+        filtered = sum(index in kept for index in answer.filtered)
+        line.books.late_filtered += len(answer.filtered) - filtered
+        line.books.late_done += late - (len(answer.filtered) - filtered)
+        outputs = []
+        for output in answer.outputs:
+            parents = output.parent_indices() or array("I", _indices(answer.settled))
+            pieces = [i for i, parent in enumerate(parents) if parent in kept]
+            late_emitted = line.books.late_emitted
+            late_emitted[output.route] = late_emitted.get(output.route, 0) + len(parents) - len(pieces)
+            outputs += [
+                Output(
+                    output.route,
+                    output.block.take(i, i + 1),
+                    array("I", [parents[i]]).tobytes(),
+                    tuple((place, keys[i : i + 1]) for place, keys in output.keys),
+                )
+                for i in pieces
+            ]
+        return tuple(outputs), filtered
+
+    def _pass_on(
+        self, line: Line, flight: Flight, outputs: Sequence[Output], closed: Ranges, now: float
+    ) -> None:
+        sequencer = line.sequencer
+        tracked = flight.chunk.parts[0].roots is not None
+        if sequencer is None and not tracked:
+            for output in outputs:
+                self.emit(line, output, None, now)
+            return
+        for output in outputs:
+            parents = output.parent_indices() or array("I", _indices(closed))
+            roots = tuple(self._root(flight, parent) for parent in parents) if tracked else None
+            if sequencer is None:
+                self.emit(line, output, roots, now)
+                continue
+            for low, high in _runs(parents):
+                piece = Output(
+                    output.route,
+                    output.block.take(low, high),
+                    None,
+                    tuple((place, keys[low:high]) for place, keys in output.keys),
+                )
+                sequencer.add(flight.job(parents[low]).first, (piece, roots[low:high] if roots else None))
+        if sequencer is not None:
+            for part in flight.parts(closed):
+                sequencer.settle(part.first, part.block.count)
+
+    @staticmethod
+    def _root(flight: Flight, index: int) -> int:
+        roots = flight.job(index).roots
+        return roots[0] if roots else -1
+
+    def _failed(self, line: Line, worker: str, flight: Flight, failure: Failure) -> list[tuple[float, Part]]:
+        """Settle a failed job: return it with its delay if it is to be tried again."""
+        closed = flight.close(failure.index, failure.index + 1)
+        if not closed:
+            line.books.late_failed += 1
+            return []
+        line.books.failed += 1
+        self._landed(line, flight, closed)
+        part = flight.job(failure.index)
+        if line.sequencer is not None:
+            line.sequencer.drop(part.first)
+        delay = retry_delay(failure, part.attempt, line.node.stage.consumer, self._chance)
+        if delay is None:
+            self._bury(line, worker, part, failure)
+            return []
+        line.books.retried += 1
+        self.happened.append(Retried(line.name, worker, part, failure, delay))
+        return [(delay, replace(part, attempt=part.attempt + 1))]
+
+    def _delay(self, line: Line, again: list[tuple[float, Part]], now: float) -> None:
+        """Let failed jobs wait for their next attempt: those of one batch together."""
+        if line.batch is not None:
+            self._delay_group(line, [part for _, part in again], now + max(delay for delay, _ in again))
+            return
+        for delay, part in again:
+            self._delay_group(line, [part], now + delay)
+
+    def _delay_group(self, line: Line, parts: list[Part], due: float) -> None:
+        self._serial += 1
+        heapq.heappush(line.delayed, (due, self._serial, parts))
+        for part in parts:
+            line.queued += part.block.count
+            line.queued_bytes += part.block.nbytes
+
+    def _bury(
+        self, line: Line, worker: str, part: Part | None, failure: Failure, *, loadable: bool = True
+    ) -> None:
+        line.books.dead += 1
+        self.happened.append(Dead(line.name, worker, part, failure, loadable=loadable))
+        if part is not None and line.sequencer is not None:
+            line.sequencer.settle(part.first, 1)
+
+    def _learn(self, line: Line, seconds: float) -> None:
+        """Let the chunk size follow the time a job takes; it grows at most fourfold at a time."""
+        line.service = seconds if line.service is None else line.service * 0.7 + seconds * 0.3
+        wanted = int(CHUNK_SECONDS / line.service) if line.service > 1e-9 else CHUNK_JOBS
+        line.target = max(1, min(wanted, line.target * 4, CHUNK_JOBS))
+
+    # ── workers die, jobs are taken back ─────────────────────────────────────
+
+    def lost(self, line: Line, worker: str, in_hand: Sequence[int], decoding: int | None, reason: str) -> int:
+        """
+        Put back every job that *worker* had not answered; return how many.
+
+        *in_hand* are the tickets that its page shows, *decoding* the number of the chunk whose items it was
+        decoding. A single job in hand is charged with the delivery, and is a dead letter past
+        ``max_deliveries``. Where several can have done it, each is tried again alone, uncharged.
+        """
+        flights = line.flights.pop(worker, {})
+        line.sent.pop(worker, None)
+        back = 0
+        for number, flight in sorted(flights.items(), reverse=True):
+            open_ranges, flight.open = flight.open, []
+            self._landed(line, flight, open_ranges)
+            suspects = self._suspects(number, flight, open_ranges, in_hand, decoding)
+            if line.batch is not None and suspects:
+                back += self._charge_batch(line, worker, flight.parts(open_ranges), reason)
+                continue
+            alone = [index for index in suspects if len(suspects) > 1]
+            for low, high in reversed(open_ranges):
+                calm = [i for i in range(low, high) if i in suspects] if suspects else []
+                clean = _gaps(low, high, calm)
+                self.put_back(line, flight.parts(clean))
+                back += sum(b - a for a, b in clean)
+            line.books.redelivered += len(suspects)
+            if alone:
+                self.put_back(line, [flight.job(index) for index in alone], solo=True)
+                back += len(alone)
+            elif suspects:
+                back += self._charge(line, worker, flight.job(next(iter(suspects))), reason, decoding)
+        return back
+
+    @staticmethod
+    def _suspects(
+        number: int, flight: Flight, ranges: Ranges, in_hand: Sequence[int], decoding: int | None
+    ) -> list[int]:
+        count = flight.chunk.count
+        if decoding == number:
+            return list(_indices(ranges))
+        held = {ticket - number for ticket in in_hand if 0 <= ticket - number < count}
+        return [index for index in _indices(ranges) if index in held] if held else []
+
+    def _charge(self, line: Line, worker: str, part: Part, reason: str, decoding: int | None) -> int:
+        """Count a delivery against the job that was in hand: queue it again, or give it up."""
+        if part.delivery >= line.node.stage.consumer.max_deliveries:
+            self._bury(line, worker, part, _lost_failure(part, reason), loadable=decoding is None)
+            if line.sequencer is not None:
+                self._release_order(line)
+            return 0
+        self.put_back(line, [replace(part, delivery=part.delivery + 1)])
+        return 1
+
+    def _charge_batch(self, line: Line, worker: str, parts: list[Part], reason: str) -> int:
+        """Count a delivery against each job of a batch: the batch is tried again whole, or given up."""
+        line.books.redelivered += sum(part.block.count for part in parts)
+        if any(part.delivery >= line.node.stage.consumer.max_deliveries for part in parts):
+            for part in parts:
+                for index in range(part.block.count):
+                    self._bury(line, worker, part.take(index, index + 1), _lost_failure(part, reason))
+            return 0
+        group = [replace(part, delivery=part.delivery + 1) for part in parts]
+        line.groups.appendleft(group)
+        for part in group:
+            line.queued += part.block.count
+            line.queued_bytes += part.block.nbytes
+        return sum(part.block.count for part in group)
+
+    def _release_order(self, line: Line) -> None:
+        assert line.sequencer is not None
+        for output, roots in line.sequencer.release():
+            self.emit(line, output, roots, line.oldest or 0.0)
+
+    def lost_producer(self, line: Line, worker: str, reason: str) -> None:
+        """Count a producer's death as one dead letter of its stage; what it gave stays."""
+        self.end_producer(line, worker)
+        line.books.received += 1
+        self._bury(
+            line, worker, None, Failure(-1, "lost", "WorkerLost", f"the producer's worker {reason}", "")
+        )
+
+    def end_producer(self, line: Line, worker: str) -> None:
+        """Take a producer that was told to stop as ended."""
+        for number in list(line.grants.get(worker, {})):
+            self._return_grant(line, worker, number)
+        self._has_ended(line, worker)
+
+    def take_back(self, line: Line, worker: str, ticket: int) -> int:
+        """Queue again every job of *worker* from *ticket* on; the worker has been kept from beginning them."""
+        back = 0
+        for number, flight in sorted(line.flights.get(worker, {}).items(), reverse=True):
+            closed = flight.close(max(0, ticket - number), flight.chunk.count)
+            if closed:
+                self._landed(line, flight, closed)
+                parts = flight.parts(closed)
+                self.put_back(line, parts, solo=flight.solo)
+                back += sum(part.block.count for part in parts)
+        return back
+
+    # ── time and the end ─────────────────────────────────────────────────────
+
+    def due(self, line: Line, now: float) -> None:
+        """Queue the delayed jobs whose time has come."""
+        while line.delayed and line.delayed[0][0] <= now:
+            parts = heapq.heappop(line.delayed)[2]
+            if line.batch is not None:
+                line.groups.append(parts)
+            else:
+                line.waiting.extend(parts)
+
+    def next_due(self, line: Line) -> float | None:
+        """Return when the next delayed job is due."""
+        return line.delayed[0][0] if line.delayed else None
+
+    def upstream_quiet(self, line: Line) -> bool:
+        """Whether nothing can arrive at *line* before it acts itself."""
+        for name in line.before:
+            other = self.lines[name]
+            if other.producing or (other is not line and other.unsettled) or (other is line and line.flying):
+                return False
+        return True
+
+    @property
+    def finished(self) -> bool:
+        """Whether all producers have ended and nothing is queued or in flight."""
+        return not any(line.producing or line.queued or line.flying for line in self.lines.values())
+
+    @property
+    def unfinished(self) -> int:
+        """How many jobs are queued or in flight at all stages."""
+        return sum(line.unsettled for line in self.lines.values())
+
+    def cancel(self, line: Line) -> list[Part]:
+        """Take everything that is queued or in flight at *line* out of the books as cancelled; return it."""
+        parts = [*line.waiting, *line.solo]
+        for group in (*line.groups, *(group for _, _, group in line.delayed)):
+            parts += group
+        line.waiting.clear()
+        line.solo.clear()
+        line.groups.clear()
+        line.delayed.clear()
+        for flights in line.flights.values():
+            for flight in flights.values():
+                parts += flight.parts(flight.open)
+                flight.open = []
+        line.flights.clear()
+        line.queued = line.queued_bytes = line.flying = line.flying_bytes = 0
+        line.books.cancelled += sum(part.block.count for part in parts)
+        return parts
+
+
+def _lost_failure(part: Part, reason: str) -> Failure:
+    times = "once" if part.delivery == 1 else f"{part.delivery} times"
+    text = f"its worker died {times} with this job in hand; the last one {reason}"
+    return Failure(0, "lost", "WorkerLost", text, "")
+
+
+def _indices(ranges: Iterable[tuple[int, int]]) -> Iterable[int]:
+    return (index for low, high in ranges for index in range(low, high))
+
+
+def _gaps(low: int, high: int, without: Sequence[int]) -> Ranges:
+    """Return the ranges of ``low <= i < high`` between the indices *without*."""
+    gaps, start = [], low
+    for index in without:
+        if start < index:
+            gaps.append((start, index))
+        start = index + 1
+    if start < high:
+        gaps.append((start, high))
+    return gaps
+
+
+def _runs(parents: Sequence[int]) -> Iterable[tuple[int, int]]:
+    """Yield ``(low, high)`` of each run of equal parents."""
+    low = 0
+    for index in range(1, len(parents) + 1):
+        if index == len(parents) or parents[index] != parents[low]:
+            yield low, index
+            low = index
+
+
+def _before(lines: dict[str, Line]) -> dict[str, set[str]]:
+    """Return, for each stage, every stage from which an item can come to it."""
+    sources: dict[str, set[str]] = defaultdict(set)
+    for line in lines.values():
+        for takers in line.takers:
+            for taker in takers:
+                if taker is not None:
+                    sources[taker.name].add(line.name)
+    before: dict[str, set[str]] = {}
+    for name in lines:
+        seen: set[str] = set()
+        front = set(sources[name])
+        while front:
+            seen |= front
+            front = {further for one in front for further in sources[one]} - seen
+        before[name] = seen
+    return before

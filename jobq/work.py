@@ -1,0 +1,756 @@
+"""
+What runs in a worker: an order in, answers out.
+
+    Chunk ─> decode ─> validate ─> your function, job by job ─> encode each ─> Outbox ─> Answer
+    Grant ─────────────────────> next(your producer) ─────────> encode each ─> Outbox ─> Answer
+
+The loops of `Serial` and `Producer` are the hot path. Before each job begins its ticket is written to the
+worker's page, so that the driver knows after a death which job was in hand, and the limit word is read, so
+that jobs that have not begun can be taken back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from jobq.annotations import Router, Signature, Validator, read_signature, spell
+from jobq.backend import DECODING, HINT, IDLE, LANES, LIMIT, STOPPING, Port, Work
+from jobq.errors import PayloadError, Skip
+from jobq.failure import failure_of, refusal, safe_text
+from jobq.outbox import DONE, FAILED, FILTERED, ManyRoutes, NoTaker, OneRoute, Outbox, Packer, Piece, Tally
+from jobq.stage import Job, Resource, Shard, Stage
+from jobq.wire import SCALARS, Chunk, Codec, Grant, Order, Part, Undecodable
+
+if TYPE_CHECKING:
+    from jobq.observe.log import LogSettings
+
+Function = Callable[..., Any]
+
+#: Outputs of one job that are held until it ends; a longer stream travels in parts (the contract's number).
+HELD_OUTPUTS = 1000
+#: A producer's finished item waits at most so long for the next one, in seconds.
+LINGER_SECONDS = 0.001
+#: A slice of a producer's items is taken in one go while it takes less than this.
+SLICE_SECONDS = 0.0003
+
+
+@dataclass(frozen=True, slots=True)
+class Unfit:
+    """What a producer of jobq's own yields for something that can't be an item."""
+
+    shown: Any
+    error: PayloadError
+
+
+@dataclass(frozen=True, slots=True)
+class RouteUse:
+    """
+    What becomes of a route's items: "items" for other stages or results, "json" lines, or only a "count".
+
+    ``keys`` holds, for each taker that has a key, its place among the takers and its key function.
+    """
+
+    kind: Literal["items", "json", "count"]
+    keys: tuple[tuple[int, Function], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ResourceUse:
+    """A resource that a stage needs, with its parameters; those it needs itself come before it."""
+
+    resource: Resource
+    signature: Signature
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class StageRecipe:
+    """Everything that a worker of one stage needs to know. Implements `jobq.backend.Recipe`."""
+
+    run: str
+    stage: Stage
+    signature: Signature
+    routes: tuple[RouteUse, ...]
+    member_routes: tuple[int, ...]
+    values: Mapping[str, Any] = field(default_factory=dict)
+    resources: tuple[ResourceUse, ...] = ()
+    shard: Shard = Shard(0, 1)
+    lanes: int = 1
+    flusher: bool = True
+    log: LogSettings | None = None
+    may_be_unfit: bool = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leave annotations out of the pickle: many can't be pickled, and the child reads them again."""
+        state = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        state["signature"] = None
+        state["resources"] = tuple((use.resource, use.values) for use in self.resources)
+        return _rebuild, (state,)
+
+    def open(self, port: Port) -> Work:
+        """Return the work of this stage, ready for its first order."""
+        if self.log is not None:
+            from jobq.observe.log import configure
+
+            configure(self.log)
+        if self.stage.kind == "producer":
+            return Producer(self, port)
+        if self.lanes > 1:
+            from jobq.lanes import AsyncLanes, ThreadLanes
+
+            return AsyncLanes(self, port) if self.signature.is_async else ThreadLanes(self, port)
+        return Serial(self, port)
+
+
+def _rebuild(state: dict[str, Any]) -> StageRecipe:
+    state["signature"] = read_signature(state["stage"])
+    state["resources"] = tuple(
+        ResourceUse(resource, read_signature(resource), values) for resource, values in state["resources"]
+    )
+    return StageRecipe(**state)
+
+
+# ── what surrounds a call ────────────────────────────────────────────────────
+
+
+class Resources:
+    """A worker's (or a lane's) resources: opened before its first job, closed in reverse order."""
+
+    def __init__(self, uses: Sequence[ResourceUse]) -> None:
+        self._uses = uses
+        self._stack = contextlib.ExitStack()
+        self._opened: dict[str, Any] | None = None
+
+    def values(self) -> dict[str, Any]:
+        """Return every resource by name, opening them the first time."""
+        if self._opened is None:
+            opened: dict[str, Any] = {}
+            for use in self._uses:
+                wanted = {b.name: opened[b.name] for b in use.signature.bindings if b.name in opened}
+                made = use.resource.function(**{**wanted, **use.values})
+                if use.signature.is_generator:
+                    made = self._stack.enter_context(contextlib.contextmanager(lambda made=made: made)())
+                opened[use.resource.name] = made
+            self._opened = opened
+        return self._opened
+
+    def close(self) -> None:
+        """Close what was opened."""
+        self._stack.close()
+
+
+class JsonCodec:
+    """Results as JSON lines, made where the result is made, so that the driver has only bytes to write."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+
+    def encode(self, item: Any) -> bytes:
+        """Return *item* as one JSON line; raises `PayloadError` if it has no JSON form."""
+        from pydantic_core import to_json
+
+        try:
+            return to_json(item, inf_nan_mode="constants") + b"\n"
+        except Exception as error:
+            raise PayloadError(f"a result of {self._where} has no JSON form: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Giving:
+    """
+    How what a function gives becomes outcomes.
+
+    ``encode`` makes a piece of an item; None: items are their own pieces. ``ignore``: nothing is given on.
+    """
+
+    packer: Packer
+    encode: Callable[[Any], Any] | None
+    ignore: bool = False
+
+
+def read_giving(recipe: StageRecipe, codec: Codec) -> Giving:
+    """Return how the outputs of *recipe*'s stage are encoded and routed."""
+    signature, routes, where = recipe.signature, recipe.routes, f"{recipe.stage.name}()"
+    if not signature.gives:
+        return Giving(NoTaker(), None, ignore=True)
+    if recipe.may_be_unfit:
+        return _giving_unless_unfit(codec, routes[0])
+    codecs: list[Any] = [
+        None if use.kind == "count" else JsonCodec(where) if use.kind == "json" else codec for use in routes
+    ]
+    if len(signature.outputs) == 1 and not routes[0].keys:
+        use = routes[0]
+        if use.kind == "count":
+            return Giving(NoTaker(), None)
+        by_reference = codec.encode(signature) is signature if use.kind == "items" else False
+        if use.kind == "items" and (by_reference or signature.outputs[0] in SCALARS):
+            return Giving(OneRoute(codec, scalars=True), None)
+        encode = codecs[0].encode
+        return Giving(OneRoute(_Joined(codec) if use.kind == "json" else codec), encode)
+    router = Router(signature.outputs)
+    encoders = [getattr(chosen, "encode", None) for chosen in codecs]
+    spelled = " | ".join(map(spell, signature.outputs))
+
+    def encode_routed(item: Any) -> Piece:
+        member = router.member(item)
+        if member < 0:
+            raise PayloadError(
+                f"{where} gave a {type(item).__qualname__}, which is no member of {spelled}"
+                f" ({recipe.stage.location})"
+            )
+        route = recipe.member_routes[member]
+        encoder, use = encoders[route], routes[route]
+        keys = tuple((place, _key(function, item)) for place, function in use.keys)
+        return Piece(route, None if encoder is None else encoder(item), keys)
+
+    joined = [_Joined(codec) if isinstance(chosen, JsonCodec) else chosen for chosen in codecs]
+    return Giving(ManyRoutes(tuple(joined)), encode_routed)
+
+
+def _giving_unless_unfit(codec: Codec, use: RouteUse) -> Giving:
+    """Return how the items of a producer that may yield `Unfit` are encoded: all on one route."""
+    keyed = use.keys
+
+    def encode(item: Any) -> Piece:
+        if isinstance(item, Unfit):
+            raise item.error
+        return Piece(0, codec.encode(item), tuple((place, _key(function, item)) for place, function in keyed))
+
+    return Giving(ManyRoutes((codec,)), encode)
+
+
+def _Joined(codec: Codec) -> Codec:  # noqa: N802  # stands for a class
+    """Return a codec that joins JSON lines to a block of bytes, whatever the backend's own codec."""
+    from jobq.wire import PickleCodec
+
+    del codec
+    return PickleCodec()
+
+
+def _key(function: Function, item: Any) -> Any:
+    try:
+        key = function(item)
+    except BaseException as error:  # user code: the taker's job is a dead letter, the giver's is fine
+        return ("!", f"key raised {type(error).__name__}: {safe_text(error)}")
+    return key if isinstance(key, str) else ("!", f"key gave a {type(key).__name__}, not a str")
+
+
+class Noted(Protocol):
+    """What jobs said of their progress gathers here."""
+
+    notes: list[tuple[int, float | None, float | None]]
+
+
+class Caller:
+    """Calls a stage's function with an item, its resources, its parameters and, if it asks, its `Job`."""
+
+    def __init__(self, recipe: StageRecipe, port: Port, tally: Callable[[], Noted | None]) -> None:
+        self._recipe = recipe
+        self._tally = tally
+        self._page = port.page
+        self._resources = Resources(recipe.resources)
+        signature = recipe.signature
+        self._job_names = [b.name for b in signature.bindings if b.kind == "job"]
+        self.wants_job = bool(self._job_names)
+        self.function: Function = recipe.stage.function
+        self._ready = False
+
+    def prepare(self) -> None:
+        """Open the resources and bind everything that is the same for all jobs. Idempotent."""
+        if self._ready:
+            return
+        self._ready = True
+        recipe, signature = self._recipe, self._recipe.signature
+        opened = self._resources.values()
+        fixed: dict[str, Any] = {
+            b.name: opened[b.name] for b in signature.bindings if b.kind == "free" and b.name in opened
+        }
+        fixed.update(recipe.values)
+        fixed.update({b.name: recipe.shard for b in signature.bindings if b.kind == "shard"})
+        function = recipe.stage.function
+        if fixed:
+            function = partial(function, **fixed)
+        if signature.item is not None and not signature.item_first:
+            function = _by_name(function, signature.item)
+        self.function = function
+
+    def job(self, part: Part | None, index: int, offset: int) -> dict[str, Job]:
+        """Return the `Job` arguments for one call."""
+        number = part.first + offset if part is not None else index
+        job = Job(
+            id=f"{self._recipe.run}/{self._recipe.stage.name}/{number}",
+            stage=self._recipe.stage.name,
+            attempt=part.attempt if part is not None else 1,
+            delivery=part.delivery if part is not None else 1,
+            key=part.keys[offset] if part is not None and part.keys is not None else None,
+            log=partial(self._logger, number, part),
+            note=partial(self._note, index),
+            stopping=self._stopping,
+        )
+        return dict.fromkeys(self._job_names, job)
+
+    def _logger(self, number: int, part: Part | None) -> Any:
+        from jobq.observe.log import job_logger
+
+        return job_logger(
+            run=self._recipe.run,
+            stage=self._recipe.stage.name,
+            job=number,
+            attempt=part.attempt if part is not None else 1,
+        )
+
+    def _stopping(self) -> bool:
+        return bool(self._page[STOPPING])
+
+    def _note(self, index: int, done: float | None, total: float | None) -> None:
+        tally = self._tally()
+        if tally is not None:
+            tally.notes.append((index, done, total))
+
+    def close(self) -> None:
+        """Close the resources."""
+        self._resources.close()
+
+
+def _by_name(function: Function, name: str) -> Function:
+    def call(item: Any, **others: Any) -> Any:
+        return function(**{name: item}, **others)
+
+    return call
+
+
+class Intake:
+    """Decodes and validates a chunk's items."""
+
+    def __init__(self, recipe: StageRecipe, port: Port) -> None:
+        self._codec = port.codec
+        self._page = port.page
+        self._name = recipe.stage.name
+        signature = recipe.signature
+        self._validator = Validator(signature.item_type) if recipe.stage.consumer.validate_items else None
+        self._spelled = spell(signature.item_type)
+
+    def open(self, chunk: Chunk) -> tuple[list[Any], dict[int, str]]:
+        """Return a chunk's items, and what is wrong with some of them, by index."""
+        page = self._page
+        page[DECODING] = chunk.number  # loading an item may run user code, and kill us
+        parts = chunk.parts
+        decode = self._codec.decode
+        items = (
+            decode(parts[0].block) if len(parts) == 1 else [i for part in parts for i in decode(part.block)]
+        )
+        bad = self._validator.check(items) if self._validator is not None else {}
+        page[DECODING] = IDLE
+        if bad or Undecodable in set(map(type, items)):
+            return items, self._explain(items, bad)
+        return items, bad
+
+    def _explain(self, items: list[Any], bad: Mapping[int, str]) -> dict[int, str]:
+        explained = {
+            index: f"{self._name}() takes {self._spelled}: {message}" for index, message in bad.items()
+        }
+        for index, item in enumerate(items):
+            if isinstance(item, Undecodable):
+                error = item.error
+                explained[index] = (
+                    f"an item for {self._name}() could not be loaded: {type(error).__name__}: {safe_text(error)}"
+                )
+        return explained
+
+
+class Awaiter:
+    """Runs coroutines one at a time, on an event loop that is made with the first."""
+
+    def __init__(self) -> None:
+        self._runner: Any = None  # Any: asyncio is imported only if it is needed
+
+    def run(self, awaitable: Any) -> Any:
+        """Return the result of *awaitable*."""
+        if self._runner is None:
+            import asyncio
+
+            self._runner = asyncio.Runner()
+        return self._runner.run(_await(awaitable))
+
+    def iterate(self, items: Any) -> Iterator[Any]:
+        """Yield the items of an async iterator."""
+        try:
+            while True:
+                try:
+                    yield self.run(anext(items))
+                except StopAsyncIteration:
+                    return
+        finally:
+            close = getattr(items, "aclose", None)
+            if close is not None:
+                self.run(close())
+
+    def close(self) -> None:
+        """Close the event loop."""
+        if self._runner is not None:
+            self._runner.close()
+
+
+async def _await(awaitable: Any) -> Any:
+    return await awaitable
+
+
+# ── consumers, one job at a time ─────────────────────────────────────────────
+
+
+class Serial:
+    """A consumer's work, one job after the other."""
+
+    def __init__(self, recipe: StageRecipe, port: Port) -> None:
+        self._recipe = recipe
+        self._page = port.page
+        signature = recipe.signature
+        self._giving = read_giving(recipe, port.codec)
+        self._intake = Intake(recipe, port)
+        self._outbox = Outbox(
+            port.send,
+            self._giving.packer,
+            len(recipe.routes),
+            many=signature.many,
+            flusher=recipe.flusher,
+        )
+        self._caller = Caller(recipe, port, lambda: self._outbox.tally)
+        self._awaiter = Awaiter()
+        self._retry_on = recipe.stage.consumer.retry_on
+        self._nullable = signature.nullable
+        self._plain = not (
+            signature.many or signature.is_async or self._caller.wants_job or signature.batched
+        )
+
+    def run(self, order: Order) -> None:
+        """Do a chunk's jobs and answer it."""
+        assert isinstance(order, Chunk)
+        self._caller.prepare()
+        tally = self._outbox.begin(order.number, alone=order.count == 1 and not self._recipe.signature.many)
+        items, bad = self._intake.open(order)
+        if self._recipe.signature.batched:
+            self._batch(order, items, bad, tally)
+        elif self._plain and not bad:
+            self._fast(order.number, items, tally)
+        else:
+            self._each(order, items, bad, tally)
+        # The page still shows the last job: until its answer has left, a death is charged to it.
+        self._outbox.flush(final=True)
+        self._page[LANES] = IDLE
+
+    def _fast(self, number: int, items: list[Any], tally: Tally) -> None:
+        page, call, append = self._page, self._caller.function, tally.outcomes.append
+        encode, ignore, nullable = self._giving.encode, self._giving.ignore, self._nullable
+        unset = given = FAILED  # what the call gave: tells whether it or the encoding raised
+        ticket = number - 1
+        rest = iter(items)
+        while True:
+            try:
+                if ignore:
+                    for item in rest:
+                        ticket += 1
+                        page[LANES] = ticket
+                        if ticket >= page[LIMIT]:
+                            return
+                        call(item)
+                        append(DONE)
+                elif encode is None and not nullable:
+                    for item in rest:
+                        ticket += 1
+                        page[LANES] = ticket
+                        if ticket >= page[LIMIT]:
+                            return
+                        append(call(item))
+                else:
+                    for item in rest:
+                        ticket += 1
+                        page[LANES] = ticket
+                        if ticket >= page[LIMIT]:
+                            return
+                        given = unset
+                        given = call(item)
+                        if given is None and nullable:
+                            append(FILTERED)
+                        else:
+                            append(given if encode is None else encode(given))
+                return
+            except BaseException as error:  # the job's, whatever it is
+                if given is not unset:
+                    error = cannot_be_pickled(error, self._recipe)
+                    given = unset
+                self._failed(ticket - number, error, item, tally)
+
+    def _failed(self, index: int, error: BaseException, item: Any, tally: Tally) -> None:
+        outcome = outcome_of(error)
+        if outcome is FAILED:
+            tally.failures.append(failure_of(index, error, item, self._retry_on))
+        tally.outcomes.append(outcome)
+
+    def _each(self, chunk: Chunk, items: list[Any], bad: Mapping[int, str], tally: Tally) -> None:
+        page, number = self._page, chunk.number
+        for index, (item, (part, offset)) in enumerate(zip(items, places(chunk), strict=True)):
+            page[LANES] = number + index
+            if number + index >= page[LIMIT]:
+                return
+            if index in bad:
+                tally.failures.append(refusal(index, bad[index], item))
+                tally.outcomes.append(FAILED)
+                continue
+            try:
+                job = self._caller.job(part, index, offset) if self._caller.wants_job else {}
+                tally.outcomes.append(self._outcome(index, self._caller.function(item, **job)))
+            except BaseException as error:  # the job's, whatever it is
+                self._failed(index, error, item, tally)
+
+    def _outcome(self, index: int, given: Any) -> Any:
+        """Return what a call gave as an outcome."""
+        signature = self._recipe.signature
+        if signature.is_async and not signature.many:
+            given = self._awaiter.run(given)
+        if self._giving.ignore:
+            return DONE
+        if signature.many:
+            if hasattr(given, "__aiter__"):
+                given = self._awaiter.iterate(aiter(given))
+            elif signature.is_async and hasattr(given, "__await__"):
+                given = self._awaiter.run(given)
+            return self._collect(index, given)
+        if given is None and self._nullable:
+            return FILTERED
+        return encode_carefully(self._giving, given, self._recipe)
+
+    def _collect(self, index: int, given: Iterable[Any]) -> list[Any]:
+        """Encode each of a job's outputs as it comes; return those that leave when the job ends."""
+        pieces: list[Any] = []
+        items = iter(given) if given is not None else iter(())
+        try:
+            for item in items:
+                if item is None and self._nullable:
+                    continue
+                pieces.append(encode_carefully(self._giving, item, self._recipe))
+                if len(pieces) > HELD_OUTPUTS:
+                    self._outbox.flush()
+                    self._outbox.part(index, pieces)
+                    pieces = []
+        finally:
+            close = getattr(items, "close", None)
+            if close is not None:
+                close()
+        return pieces
+
+    def _batch(self, chunk: Chunk, items: list[Any], bad: Mapping[int, str], tally: Tally) -> None:
+        """Call the function once with all items that are fine."""
+        page = self._page
+        page[LANES] = chunk.number
+        if chunk.number >= page[LIMIT]:
+            return
+        tally.failures += [refusal(index, bad[index], items[index]) for index in sorted(bad)]
+        good = [item for index, item in enumerate(items) if index not in bad]
+        outcomes: list[Any] = [FAILED if index in bad else DONE for index in range(len(items))]
+        last = max((i for i, outcome in enumerate(outcomes) if outcome is DONE), default=None)
+        if last is None:
+            tally.outcomes += outcomes
+            return
+        part, offset = list(places(chunk))[last]
+        try:
+            job = self._caller.job(part, last, offset) if self._caller.wants_job else {}
+            given = self._outcome(last, self._caller.function(good, **job))
+            if given is FILTERED:
+                outcomes = [FILTERED if outcome is DONE else outcome for outcome in outcomes]
+            elif given is not DONE:
+                if self._recipe.signature.many:
+                    outcomes = [[] if outcome is DONE else outcome for outcome in outcomes]
+                outcomes[last] = given
+        except Skip:
+            outcomes = [FILTERED if outcome is DONE else outcome for outcome in outcomes]
+        except BaseException as error:  # the job's, whatever it is
+            tally.failures += [
+                failure_of(index, error, item, self._retry_on)
+                for index, item in enumerate(items)
+                if index not in bad
+            ]
+            outcomes = [FAILED] * len(items)
+        tally.outcomes += outcomes
+
+    def close(self) -> None:
+        """Close resources, event loop and flusher."""
+        try:
+            self._caller.close()
+        finally:
+            self._awaiter.close()
+            self._outbox.close()
+
+
+def places(chunk: Chunk) -> Iterator[tuple[Part, int]]:
+    """Yield the part of each job of *chunk*, and its place in the part."""
+    for part in chunk.parts:
+        for offset in range(part.block.count):
+            yield part, offset
+
+
+def outcome_of(error: BaseException) -> Any:
+    """Return FILTERED for a job that raised `Skip`, else FAILED."""
+    return FILTERED if isinstance(error, Skip) else FAILED
+
+
+def encode_carefully(giving: Giving, given: Any, recipe: StageRecipe) -> Any:
+    """Return *given* as a piece; raises `PayloadError` if it can't travel."""
+    if giving.encode is None:
+        return given
+    try:
+        return giving.encode(given)
+    except BaseException as error:  # user code runs in it (__reduce__, __getstate__)
+        raise cannot_be_pickled(error, recipe) from error
+
+
+def cannot_be_pickled(error: BaseException, recipe: StageRecipe) -> PayloadError:
+    """Return the error for something that a stage's function gives and that can't travel."""
+    if isinstance(error, PayloadError):
+        return error
+    explained = PayloadError(
+        f"what {recipe.stage.name}() ({recipe.stage.location}) gives cannot be pickled:"
+        f" {type(error).__name__}: {safe_text(error)}"
+    )
+    explained.__cause__ = error
+    return explained
+
+
+# ── producers ────────────────────────────────────────────────────────────────
+
+
+class Producer:
+    """A producer's work: it gives items as far as it is granted."""
+
+    def __init__(self, recipe: StageRecipe, port: Port) -> None:
+        self._recipe = recipe
+        self._page = port.page
+        self._giving = read_giving(recipe, port.codec)
+        self._outbox = Outbox(
+            port.send, self._giving.packer, len(recipe.routes), many=False, flusher=recipe.flusher
+        )
+        self._caller = Caller(recipe, port, lambda: self._outbox.tally)
+        self._awaiter = Awaiter()
+        self._items: Any = None
+        self._source: Any = None
+        self._ended = False
+        self._given = 0
+        self._slice = 1
+        self._size = port.codec.size
+
+    def run(self, order: Order) -> None:
+        """Give at most as many items as granted, and answer the grant."""
+        assert isinstance(order, Grant)
+        tally = self._outbox.begin(order.number)
+        if self._ended:
+            self._outbox.flush(final=True)
+            return
+        try:
+            if self._items is None:
+                self._start()
+            give = self._scalars if self._giving.encode is None else self._objects
+            self._ended = give(order, tally)
+        except BaseException as error:  # the producer's, whatever it is
+            self._ended = True
+            tally.failures.append(failure_of(-1, error, None, ()))
+            tally.failures[-1] = replace(tally.failures[-1], item_type=None, item_json=None, item_repr=None)
+        self._outbox.flush(final=True, ended=self._ended)
+
+    def _start(self) -> None:
+        self._caller.prepare()
+        job = self._caller.job(None, 0, 0) if self._caller.wants_job else {}
+        source = self._caller.function(**job)
+        if self._recipe.signature.is_async and hasattr(source, "__await__"):
+            source = self._awaiter.run(source)
+        self._source = source
+        if hasattr(source, "__aiter__"):
+            self._items = self._awaiter.iterate(aiter(source))
+        else:
+            self._items = iter(source if source is not None else ())
+
+    def _scalars(self, grant: Grant, tally: Tally) -> bool:
+        """Give items that are their own pieces, slice by slice; return whether the producer has ended."""
+        items, page, outcomes = self._items, self._page, tally.outcomes
+        clock = time.monotonic
+        flushed = clock()
+        while (left := grant.count - len(outcomes)) > 0:
+            if page[LIMIT] == 0:
+                return True
+            before = len(outcomes)
+            began = clock()
+            wanted = min(left, self._slice)
+            outcomes.extend(islice(items, wanted))
+            now = clock()
+            if now - began < SLICE_SECONDS:
+                self._slice = min(self._slice * 2, 1024)
+            elif self._slice > 1:
+                self._slice //= 2
+            if len(outcomes) - before < wanted:
+                return True
+            if len(outcomes) - tally.sent >= page[HINT] or now - flushed > LINGER_SECONDS:
+                self._outbox.flush()
+                flushed = now
+        return False
+
+    def _objects(self, grant: Grant, tally: Tally) -> bool:
+        """Give items, each encoded at its yield; return whether the producer has ended."""
+        items, page, outcomes = self._items, self._page, tally.outcomes
+        encode, size, clock = self._giving.encode, self._size, time.monotonic
+        nbytes, flushed, nullable = 0, clock(), self._recipe.signature.nullable
+        assert encode is not None
+        while len(outcomes) < grant.count and nbytes < grant.nbytes:
+            if page[LIMIT] == 0:
+                return True
+            try:
+                item = next(items)
+            except StopIteration:
+                return True
+            if item is None and nullable:
+                continue
+            try:
+                piece = encode(item)
+            except BaseException as error:  # user code runs in it: this item's, the producer goes on
+                self._unfit(item, error, tally)
+                continue
+            outcomes.append(piece)
+            nbytes += size(piece.data if type(piece) is Piece else piece) if piece is not None else 0
+            now = clock()
+            if len(outcomes) - tally.sent >= page[HINT] or now - flushed > LINGER_SECONDS:
+                self._outbox.flush()
+                flushed = now
+        return False
+
+    def _unfit(self, item: Any, error: BaseException, tally: Tally) -> None:
+        """Make a dead letter of an item that can't travel."""
+        where = self._recipe.stage.location
+        frame = getattr(self._source, "gi_frame", None) or getattr(self._source, "ag_frame", None)
+        if frame is not None:
+            where = f"{where.rpartition(':')[0]}:{frame.f_lineno}"
+        if not isinstance(error, PayloadError):
+            explained = PayloadError(
+                f"an item that {self._recipe.stage.name}() yields ({where}) cannot be pickled:"
+                f" {type(error).__name__}: {safe_text(error)}"
+            )
+            explained.__cause__ = error
+            error = explained
+        shown = item.shown if isinstance(item, Unfit) else item
+        tally.failures.append(failure_of(len(tally.outcomes), error, shown, ()))
+        tally.outcomes.append(FAILED)
+
+    def close(self) -> None:
+        """Close the producer (its ``finally`` blocks run), its resources and the rest."""
+        try:
+            close = getattr(self._items, "close", None)
+            if close is not None:
+                close()
+        finally:
+            try:
+                self._caller.close()
+            finally:
+                self._awaiter.close()
+                self._outbox.close()
