@@ -38,7 +38,7 @@ class Member:
     @property
     def load(self) -> int:
         """How many jobs it was sent and has not answered."""
-        return self.pool.line.outstanding(self.worker.name)
+        return self.pool.line.loads.get(self.worker.name, 0)
 
     def tickets(self) -> list[int]:
         """Return the tickets of the jobs in hand."""

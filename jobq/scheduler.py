@@ -160,6 +160,8 @@ class Line:
     takers: list[list[Line | None]] = field(default_factory=list)  # by route; None = results
     edges: list[list[Edge]] = field(default_factory=list)  # likewise
     ahead: list[Line] = field(default_factory=list)  # takers that may hold this stage back
+    gives_results: bool = False
+    rivals: list[Line] = field(default_factory=list)  # producers that share takers with this one
     before: set[str] = field(default_factory=set)  # every stage from which an item can come here
     waiting: deque[Part] = field(default_factory=deque)
     solo: deque[Part] = field(default_factory=deque)
@@ -180,6 +182,7 @@ class Line:
     books: Books = field(default_factory=Books)
     seen: set[str] = field(default_factory=set)
     flights: dict[str, dict[int, Flight]] = field(default_factory=dict)
+    loads: dict[str, int] = field(default_factory=dict)  # jobs in flight, by worker
     grants: dict[str, dict[int, GrantFlight]] = field(default_factory=dict)
     sent: dict[str, int] = field(default_factory=dict)  # tickets given out, by worker
     sequencer: Sequencer[tuple[Output, tuple[int, ...] | None]] | None = None
@@ -196,9 +199,14 @@ class Line:
 
     @property
     def capacity(self) -> int:
-        """How many jobs may be before this stage or in its workers' hands."""
+        """
+        How many jobs may be before this stage or in its workers' hands.
+
+        A chunk in hand does not wait: it is sized to be through within milliseconds, and is one job where
+        jobs are slow.
+        """
         options = self.node.stage.consumer
-        in_hand = self.lanes * max(1, min(self.target, options.queue_size // 2))
+        in_hand = self.lanes * min(self.target, options.queue_size)
         return max(options.queue_size, options.batch or 0) + in_hand
 
     @property
@@ -216,10 +224,6 @@ class Line:
     def unsettled(self) -> int:
         """How many jobs are queued or in flight."""
         return self.queued + self.flying
-
-    def outstanding(self, worker: str) -> int:
-        """Return how many jobs *worker* has been sent and not answered."""
-        return sum(b - a for f in self.flights.get(worker, {}).values() for a, b in f.open)
 
 
 class Scheduler:
@@ -244,6 +248,8 @@ class Scheduler:
             line.before = before[line.name]
             if line.is_producer:
                 line.producing = workers[line.name]
+                sharing = {name for taker in line.ahead for name in before[taker.name]} | {line.name}
+                line.rivals = [other for other in self.lines.values() if other.name in sharing]
             elif line.node.stage.consumer.ordered:
                 line.sequencer = Sequencer()
 
@@ -259,6 +265,7 @@ class Scheduler:
             for target in dict.fromkeys(edge.target for edge in self.edges if edge.source == line.name)
             if target is not None and (line.name, target) not in graph.loops
         ]
+        line.gives_results = any(None in takers for takers in line.takers)
 
     # ── items arrive ─────────────────────────────────────────────────────────
 
@@ -342,7 +349,7 @@ class Scheduler:
         room = CHUNK_JOBS
         for taker in line.ahead:
             room = min(room, taker.room if taker.room_bytes > 0 else 0)
-        if any(None in takers for takers in line.takers):
+        if line.gives_results:
             room = min(room, self.results_room() - self._results_promised)
         if line.sequencer is not None:
             held = line.next_number - line.queued - line.sequencer.head - line.flying
@@ -372,8 +379,8 @@ class Scheduler:
             parts = self._gather(line, limit)
         if not parts:
             return None
-        count = sum(part.block.count for part in parts)
-        nbytes = sum(part.block.nbytes for part in parts)
+        count = sum([part.block.count for part in parts])
+        nbytes = sum([part.block.nbytes for part in parts])
         number = line.sent.get(worker, 0)
         line.sent[worker] = number + count
         chunk = Chunk(number, tuple(parts), count)
@@ -383,6 +390,7 @@ class Scheduler:
         line.queued_bytes -= nbytes
         line.flying += count
         line.flying_bytes += nbytes
+        line.loads[worker] = line.loads.get(worker, 0) + count
         self._promise(line, count)
         return chunk
 
@@ -419,18 +427,17 @@ class Scheduler:
     def _promise(self, line: Line, count: int) -> None:
         for taker in line.ahead:
             taker.promised += count
-        if any(None in takers for takers in line.takers):
+        if line.gives_results:
             self._results_promised += count
 
     def grant(self, line: Line, worker: str) -> Grant | None:
         """Return leave for a producer's worker to give more items, if the stages after it have room."""
         grants = line.grants.setdefault(worker, {})
         room, nbytes, wanted = self.startable(line), 1 << 40, CHUNK_JOBS
-        rivals = line.producing
+        rivals = sum([other.producing for other in line.rivals])
         for taker in line.ahead:
             nbytes = min(nbytes, taker.room_bytes)
-            wanted = min(wanted, max(1, taker.target))
-            rivals = max(rivals, sum(self.lines[name].producing for name in taker.before))
+            wanted = min(wanted, taker.target)
         if room <= 0 or (grants and room < min(wanted, CHUNK_JOBS)):
             return None
         # Two grants for each rival: one that is being used and one that follows it without a pause.
@@ -489,13 +496,13 @@ class Scheduler:
         for low, high in answer.settled:
             asked += high - low
             closed += flight.close(low, high)
-        settled = sum(high - low for low, high in closed)
+        settled = sum([high - low for low, high in closed])
         outputs, filtered = answer.outputs, len(answer.filtered)
         if settled != asked:
             outputs, filtered = self._without_late(line, flight, answer, closed, asked - settled)
         books.done += settled - filtered
         books.filtered += filtered
-        self._landed(line, flight, closed)
+        self._landed(line, worker, flight, closed)
         if settled and answer.busy:
             self._learn(line, answer.busy / (settled + len(answer.failures)))
         self._pass_on(line, flight, outputs, closed, now)
@@ -508,14 +515,15 @@ class Scheduler:
         if answer.final:
             del line.flights[worker][answer.number]
             if flight.open:  # the worker says that it is through: these were never begun
-                self._landed(line, flight, flight.open)
+                self._landed(line, worker, flight, flight.open)
                 self.put_back(line, flight.parts(flight.open))
 
-    def _landed(self, line: Line, flight: Flight, ranges: Ranges) -> None:
-        count = sum(high - low for low, high in ranges)
+    def _landed(self, line: Line, worker: str, flight: Flight, ranges: Ranges) -> None:
+        count = sum([high - low for low, high in ranges])
         if not count:
             return
         line.flying -= count
+        line.loads[worker] -= count
         if count == flight.chunk.count:
             line.flying_bytes -= sum(part.block.nbytes for part in flight.chunk.parts)
         else:
@@ -588,7 +596,7 @@ class Scheduler:
             line.books.late_failed += 1
             return []
         line.books.failed += 1
-        self._landed(line, flight, closed)
+        self._landed(line, worker, flight, closed)
         part = flight.job(failure.index)
         if line.sequencer is not None:
             line.sequencer.drop(part.first)
@@ -641,10 +649,11 @@ class Scheduler:
         """
         flights = line.flights.pop(worker, {})
         line.sent.pop(worker, None)
+        line.loads.setdefault(worker, 0)
         back = 0
         for number, flight in sorted(flights.items(), reverse=True):
             open_ranges, flight.open = flight.open, []
-            self._landed(line, flight, open_ranges)
+            self._landed(line, worker, flight, open_ranges)
             suspects = self._suspects(number, flight, open_ranges, in_hand, decoding)
             if line.batch is not None and suspects:
                 back += self._charge_batch(line, worker, flight.parts(open_ranges), reason)
@@ -661,6 +670,7 @@ class Scheduler:
                 back += len(alone)
             elif suspects:
                 back += self._charge(line, worker, flight.job(next(iter(suspects))), reason, decoding)
+        del line.loads[worker]
         return back
 
     @staticmethod
@@ -723,7 +733,7 @@ class Scheduler:
         for number, flight in sorted(line.flights.get(worker, {}).items(), reverse=True):
             closed = flight.close(max(0, ticket - number), flight.chunk.count)
             if closed:
-                self._landed(line, flight, closed)
+                self._landed(line, worker, flight, closed)
                 parts = flight.parts(closed)
                 self.put_back(line, parts, solo=flight.solo)
                 back += sum(part.block.count for part in parts)
@@ -776,6 +786,7 @@ class Scheduler:
                 parts += flight.parts(flight.open)
                 flight.open = []
         line.flights.clear()
+        line.loads.clear()
         line.queued = line.queued_bytes = line.flying = line.flying_bytes = 0
         line.books.cancelled += sum(part.block.count for part in parts)
         return parts

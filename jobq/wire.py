@@ -7,6 +7,9 @@ What travels between driver and worker, and its bytes.
 The driver never decodes an item. It sees a `Block`: so many items, so many bytes, and how to take a
 part of it. Headers are `marshal` (plain numbers and strings, no code), bodies are opaque.
 
+The dataclasses here are facts, and nobody changes one; they aren't ``frozen`` because some are made for
+every chunk, and freezing them makes that four times as slow.
+
 A frame: magic, length of the header, length of the body (16 bytes), the header, the body.
 """
 
@@ -52,7 +55,7 @@ class Block(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PackedObjects:
     """
     Items pickled one by one, each at its yield.
@@ -97,7 +100,7 @@ class PackedObjects:
         return ("o", self.ends, self.base)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PackedScalars:
     """Numbers, strings, bytes and None pickled as one list, of which ``low <= i < high`` are meant."""
 
@@ -126,7 +129,7 @@ class PackedScalars:
         return ("s", self.total, self.low, self.high)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class References:
     """Items that travel by reference (threads, the calling thread): nothing is pickled."""
 
@@ -148,7 +151,7 @@ class References:
         return References(self.items[low:high])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Counted:
     """Items that nobody wants: only their number travels."""
 
@@ -171,7 +174,7 @@ PackedBlock: TypeAlias = PackedObjects | PackedScalars | Counted
 # ── what is said ─────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Part:
     """
     Jobs of one stage with consecutive numbers: ``first``, ``first + 1``, …
@@ -201,7 +204,7 @@ class Part:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Chunk:
     """
     Jobs that travel together to a consumer.
@@ -215,7 +218,7 @@ class Chunk:
     count: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Grant:
     """
     Leave for a producer to give ``count`` more items of ``nbytes`` in all.
@@ -257,7 +260,7 @@ class Failure:
     item: Buffer | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Output:
     """
     Items that jobs of one chunk gave to one route.
@@ -281,7 +284,7 @@ class Output:
         return indices
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Totals:
     """
     What this worker has done since it began, counted by the worker itself.
@@ -295,7 +298,7 @@ class Totals:
     emitted: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Answer:
     """
     Jobs of chunk ``number`` are settled, and this is what they gave: one frame, so both count or neither.

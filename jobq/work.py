@@ -692,7 +692,8 @@ class Producer:
                 self._slice //= 2
             if len(outcomes) - before < wanted:
                 return True
-            if len(outcomes) - tally.sent >= page[HINT] or now - flushed > LINGER_SECONDS:
+            ripe = len(outcomes) - tally.sent >= page[HINT] or now - flushed > LINGER_SECONDS
+            if ripe and len(outcomes) < grant.count:  # else the grant's last answer takes them along
                 self._outbox.flush()
                 flushed = now
         return False
@@ -720,7 +721,8 @@ class Producer:
             outcomes.append(piece)
             nbytes += size(piece.data if type(piece) is Piece else piece) if piece is not None else 0
             now = clock()
-            if len(outcomes) - tally.sent >= page[HINT] or now - flushed > LINGER_SECONDS:
+            ripe = len(outcomes) - tally.sent >= page[HINT] or now - flushed > LINGER_SECONDS
+            if ripe and len(outcomes) < grant.count:  # else the grant's last answer takes them along
                 self._outbox.flush()
                 flushed = now
         return False

@@ -19,19 +19,10 @@ PACKAGE = Path(__file__).parent.parent / "jobq"
 LAYERS = (
     {"errors", "report", "events"},
     {"options", "outcome", "stage", "wire", "backend", "load"},
-    {
-        "annotations",
-        "backends",
-        "failure",
-        "graph",
-        "lanes",
-        "ordering",
-        "outbox",
-        "policy",
-        "scheduler",
-        "work",
-    },
+    {"annotations", "backends", "failure", "graph", "ordering", "outbox", "policy", "results", "scheduler"},
+    {"inputs", "lanes", "letters", "work"},
     {"pool", "driver"},
+    {"running"},
     {"pipeline"},
     {"cli", "testing"},
 )
@@ -42,7 +33,7 @@ NARROW = {
     "policy": {"errors", "report", "events", "options", "outcome", "stage", "wire", "backend"},
 }
 #: Rooms that may set observers up; `work` does for its own process's log.
-HOSTS = {"work", "pipeline", "cli", "testing"}
+HOSTS = {"work", "running", "pipeline", "cli", "testing"}
 #: Looks upwards, each in a function: what a target names is checked to be a Pipeline; a worker with
 #: lanes is built upon the one without, which opens it (and pays for asyncio only then).
 UPWARD = {("jobq.load", "jobq.pipeline"), ("jobq.work", "jobq.lanes")}

@@ -20,6 +20,7 @@ from click.testing import CliRunner, Result
 
 from jobq.cli import main
 from jobq.cli.run import run as run_command
+from tests.test_examples import session_members
 
 JOBQ = [sys.executable, "-m", "jobq.cli"]
 
@@ -111,12 +112,14 @@ def started(*arguments: str, **how: Any) -> subprocess.Popen[str]:
 
 
 def ended(*arguments: str, **how: Any) -> subprocess.CompletedProcess[str]:
-    """Run the command in a process of its own."""
+    """Run the command in a session of its own, and prove that nothing of the session is left."""
     with started(*arguments, **how) as process:
         try:
             stdout, stderr = process.communicate(timeout=60)
         finally:
             process.kill()
+        left = session_members(process.pid)
+    assert left == [], "processes outlived the run"
     return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
 
 
@@ -483,6 +486,7 @@ def test_an_interrupted_run_is_code_130(here: Path) -> None:
             process.kill()
 
     assert process.returncode == 130
+    assert session_members(process.pid) == []
 
 
 def test_on_a_terminal_there_is_a_live_line_per_stage() -> None:
@@ -497,6 +501,7 @@ def test_on_a_terminal_there_is_a_live_line_per_stage() -> None:
     os.close(near)
 
     assert process.returncode == 0, shown
+    assert session_members(process.pid) == []
     assert re.search(r"purr +[\d,]+ +[\d.k]+/s", re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", shown))
     assert "zoo, run" in shown
 

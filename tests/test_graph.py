@@ -573,7 +573,7 @@ def test_a_resource_may_have_a_parameter_of_its_own_name() -> None:
 def test_functions_that_cannot_be_found_by_name_are_told(start_method: str) -> None:
     def local(page: Page) -> None: ...
 
-    graph = build(P(urls), C(fetch, key=lambda url: str(url)), C(local))
+    graph = build(P(urls), C(fetch, key=lambda _: "same"), C(local))
 
     found = find_by_name_problems(graph, start_method)
 

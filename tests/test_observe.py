@@ -429,6 +429,16 @@ def test_a_letter_is_in_the_file_at_once_and_after_what_was_there(tmp_path: Path
     file.close()
 
 
+def test_the_file_is_closed_at_the_end_of_the_run(tmp_path: Path) -> None:
+    before = sorted(Path("/proc/self/fd").iterdir())
+    file = dead_file(tmp_path)
+
+    file(JobDead("w", letter()))
+    file(ENDED)
+
+    assert sorted(Path("/proc/self/fd").iterdir()) == before
+
+
 def test_a_name_stays_in_its_folder(tmp_path: Path) -> None:
     made = dead_letter_path(tmp_path / "{pipeline}-{run}.dead.jsonl", pipeline="../a b", run="r1")
 
@@ -485,9 +495,9 @@ def test_the_summary_of_huge_numbers_and_names_fits_80_columns() -> None:
 
 
 def test_replaced_workers_are_in_the_summary() -> None:
-    told = summary(report(parse=StageCounts(worker_restarts=3, redelivered=5)))
+    told = summary(report(parse=StageCounts(worker_restarts=3, redelivered=1)))
 
-    assert "3 workers replaced, 5 jobs delivered again" in told
+    assert "3 workers replaced, 1 job delivered again" in told
 
 
 @pytest.mark.parametrize(

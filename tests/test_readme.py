@@ -75,3 +75,11 @@ def test_the_readme_shows_the_two_commands_that_ci_runs() -> None:
         "jobq run examples/stdlib_index.py",
         "python -m pytest",
     ]
+
+
+def test_the_backend_of_contributing_keeps_the_contract(tmp_path: Path) -> None:
+    write_programs("CONTRIBUTING.md", tmp_path)
+
+    ended = run(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "error", ".", cwd=tmp_path)
+
+    assert ended.returncode == 0, ended.stdout

@@ -47,6 +47,7 @@ class InlineWorker:
         self._closing = False
         self._end: EndOfChannel | BrokenChannel | None = None
         self._raised = False
+        self.released = False
         self._bell = Bell()  # readable while there is something to do or to hear
         self._bell.ring()
         self._waitables = (Waitable(self._bell.fd, selectors.EVENT_READ),)
@@ -93,7 +94,7 @@ class InlineWorker:
 
     def release(self) -> None:
         """Close the work, if it is open still, and the descriptor. Idempotent."""
-        self._raised = True
+        self.released = self._raised = True
         work, self._work = self._work, None
         try:
             if work is not None:
@@ -138,6 +139,7 @@ class InlineBackend:
     def start(self, name: str, recipe: str) -> InlineWorker:
         """Make a worker for a recipe of the plan; it opens when the driver first waits for it."""
         worker = InlineWorker(name, self._plan.recipes[recipe])
+        self._workers = [other for other in self._workers if not other.released]
         self._workers.append(worker)
         return worker
 

@@ -8,6 +8,9 @@ import os
 import pickle
 import select
 import signal
+import threading
+from collections.abc import Iterator
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -39,6 +42,9 @@ class Launcher:
                     "Define its functions at the top of a module, or use start_method='fork'."
                 ) from error
         self._broken, self._lifeline = os.pipe()
+        self._uses_server = method == "forkserver"
+        if self._uses_server:
+            _server.use({type(recipe).__module__ for recipe in plan.recipes.values()})
 
     def start(self, name: str, recipe: str, descriptors: list[int]) -> Launched:
         """Start a process that owns *descriptors* (inbox, outbox, page); its recipe comes by the inbox."""
@@ -47,17 +53,83 @@ class Launcher:
         # Nothing large in the arguments: `start` would wait for ever if the child died before reading them.
         process = self._process(target=child.main, args=(ends,), kwargs=options, name=name, daemon=True)
         try:
-            process.start()
+            with _deaf_to_the_terminal():
+                process.start()
         except AssertionError as error:
             raise BackendUnavailable(f"{error}; start_method='fork' can be used here") from error
         return Launched(process, own_child=self._own_children)
 
     def close(self) -> None:
+        """Leave nothing running. Called when every process has been released. Idempotent."""
+        self.forget()
+        if self._uses_server:
+            self._uses_server = False
+            _server.leave()
+
+    def forget(self) -> None:
         """Close the lifeline: what still runs is killed. Idempotent."""
         fds = {self._broken, self._lifeline}
         self._broken = self._lifeline = -1
         for fd in fds:
             close(fd)
+
+
+class _Server:
+    """
+    Our use of multiprocessing's one fork server.
+
+    It would go on until the interpreter ends. So whoever of us started it stops it, if nobody else has a
+    process of it by then.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._ours = False
+
+    def use(self, modules: set[str]) -> None:
+        """Let the server start, with jobq (and those of *modules* that are jobq's) imported once for all."""
+        with self._lock:
+            self._users += 1
+            if self._users == 1 and _server_state()._forkserver_pid is None:
+                self._ours = True
+                if _server_state()._preload_modules == ["__main__"]:
+                    own = sorted(name for name in modules if name.startswith("jobq."))
+                    forkserver.set_forkserver_preload(["__main__", child.__name__, *own])
+
+    def leave(self) -> None:
+        """Stop the server after its last use, if it was ours."""
+        with self._lock:
+            self._users -= 1
+            if self._users or not self._ours:
+                return
+            self._ours = False
+            server = _server_state()
+            if server._forkserver_pid is not None and not multiprocessing.active_children():
+                # Killed, since it would wait for every process that holds its descriptor, such as a job's.
+                with contextlib.suppress(OSError):
+                    os.kill(server._forkserver_pid, signal.SIGKILL)
+                with contextlib.suppress(OSError):
+                    server._stop()
+            server._preload_modules = ["__main__"]
+
+
+_server = _Server()
+
+
+def _server_state() -> Any:
+    return forkserver._forkserver  # Any: most of it is not in the stubs
+
+
+@contextlib.contextmanager
+def _deaf_to_the_terminal() -> Iterator[None]:
+    """Let a process that is spawned here not hear Ctrl-C before it has said that it doesn't want to."""
+    resource_tracker.ensure_running()  # its start would unblock the signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Launched:

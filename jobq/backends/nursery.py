@@ -304,4 +304,4 @@ def _is_written(fd: int) -> bool:
         writes = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
     except OSError:  # the listing's own
         return False
-    return fd > 2 and writes and (stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or stat.S_ISCHR(mode))
+    return fd > 2 and writes and (stat.S_ISREG(mode) or stat.S_ISCHR(mode))

@@ -91,6 +91,7 @@ class ProcessWorker:
         self._raised = False
         self._bye: Bye | None = None
         self._problem: str | None = None
+        self.released = False
         self._listening: tuple[Waitable, ...] = (
             Waitable(outbox, selectors.EVENT_READ),
             Waitable(process.fd, selectors.EVENT_READ),
@@ -136,7 +137,7 @@ class ProcessWorker:
 
     def release(self) -> None:
         """Close the descriptors and unmap the page. Idempotent."""
-        self._raised = True
+        self.released = self._raised = True
         self._inbox.abandon()
         self._process.release()
         self._memory.release()
@@ -262,7 +263,7 @@ class ProcessBackend:
                 process = self._launch(name, recipe, descriptors, inbox)
             undo.pop_all()
         worker = ProcessWorker(name, inbox, outbox, page, process)
-        self._workers = [other for other in self._workers if not other._raised]
+        self._workers = [other for other in self._workers if not other.released]
         self._workers.append(worker)
         return worker
 
@@ -272,11 +273,11 @@ class ProcessBackend:
             worker.kill()
         if self._nursery is not None:
             self._nursery.close()
-        if self._launcher is not None:
-            self._launcher.close()
         for worker in self._workers:
             worker.release()
         self._workers = []
+        if self._launcher is not None:
+            self._launcher.close()
 
     def _launch(self, name: str, recipe: str, descriptors: list[int], inbox: Inbox) -> Process:
         if self._nursery is not None:
@@ -298,7 +299,7 @@ class ProcessBackend:
         if self._nursery is not None:
             self._nursery.forget()
         if self._launcher is not None:
-            self._launcher.close()
+            self._launcher.forget()
         self._workers = []
 
     def _replace_nursery(self) -> None:

@@ -76,6 +76,7 @@ class ThreadWorker:
         self._killed = False
         self._bye: Bye | None = None
         self._raised = False
+        self.released = False
         self.thread = threading.Thread(target=attend, args=(recipe, self._port), name=name, daemon=True)
         self.thread.start()
 
@@ -122,7 +123,7 @@ class ThreadWorker:
 
     def release(self) -> None:
         """Close the descriptor. Idempotent."""
-        self._raised = True
+        self.released = self._raised = True
         self._port.abandon()
         self._port.bell.close()
 
@@ -149,7 +150,7 @@ class ThreadBackend:
     def start(self, name: str, recipe: str) -> ThreadWorker:
         """Start a thread for a recipe of the plan."""
         worker = ThreadWorker(name, self._plan.recipes[recipe])
-        self._workers = [other for other in self._workers if other.thread.is_alive()]
+        self._workers = [other for other in self._workers if not other.released or other.thread.is_alive()]
         self._workers.append(worker)
         return worker
 

@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from jobq.events import Event, JobDead
+from jobq.events import Event, JobDead, RunEnded
 from jobq.observe.log import logger
 from jobq.observe.text import write_all
 
@@ -26,7 +26,7 @@ def dead_letter_path(template: Path, *, pipeline: str, run: str) -> Path:
 
 class DeadLetterFile:
     """
-    Appends a line for each `JobDead`, at once; the file is made with the first.
+    Appends a line for each `JobDead`, at once; the file is made with the first, and closed at the run's end.
 
     A file that can't be written is told once in the log, and counted in ``unwritten``.
     """
@@ -43,6 +43,8 @@ class DeadLetterFile:
     def __call__(self, event: Event) -> None:
         if isinstance(event, JobDead):
             self._write(_line(event, self._target))
+        elif isinstance(event, RunEnded):
+            self.close()
 
     def close(self) -> None:
         """Close the file, if it was made."""

@@ -117,10 +117,17 @@ def logger(**bound: Any) -> structlog.stdlib.BoundLogger:
     return log
 
 
-def job_logger(*, run: str, stage: str, job: int, attempt: int, worker: str | None = None) -> Any:
+def job_logger(*, run: str, stage: str, job: int, attempt: int) -> Any:
     """Return ``job.log``: its lines carry where they come from."""
-    where = {"worker": worker} if worker else {}
-    return logger(run=run, stage=stage, **where, job=job, attempt=attempt)
+    return logger(run=run, stage=stage, worker=_worker_name(), job=job, attempt=attempt)
+
+
+def _worker_name() -> str:
+    """Return the name of the worker that we are: its process bears it, or where it has none, its thread."""
+    from multiprocessing import current_process, parent_process
+    from threading import current_thread
+
+    return current_process().name if parent_process() is not None else current_thread().name
 
 
 class Line:

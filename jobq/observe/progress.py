@@ -63,7 +63,7 @@ class LiveProgress:
             return
         rows = {name: self._row(name, counts, tick.seconds) for name, counts in tick.stages.items()}
         # One line and one column less than there are: a full screen would scroll, a full line wrap.
-        lines = ["", *_lines(rows, (size.columns or 80) - 1)][: (size.lines or 24) - 1]
+        lines = ["", *_lines(rows, max(10, (size.columns or 80) - 1))][: (size.lines or 24) - 1]
         if len(lines) < 2:
             return
         up = f"\x1b[{len(lines) - 1}A"

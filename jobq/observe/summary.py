@@ -41,15 +41,22 @@ def _columns(report: Report) -> dict[str, Callable[[StageCounts], str]]:
 def _notes(report: Report, dead_letters: Path | None) -> list[str]:
     stages = report.stages.values()
     results = sum(edge.received for edge in report.edges if edge.target is None)
-    notes = [f"{report.pipeline}, run {report.run}: {duration(report.seconds)}, {number(results)} results"]
+    notes = [
+        f"{report.pipeline}, run {report.run}: {duration(report.seconds)}, {_counted(results, 'result')}"
+    ]
     restarts, redelivered = sum(s.worker_restarts for s in stages), sum(s.redelivered for s in stages)
     if restarts or redelivered:
-        notes.append(f"{number(restarts)} workers replaced, {number(redelivered)} jobs delivered again")
+        again = f"{_counted(redelivered, 'job')} delivered again"
+        notes.append(f"{_counted(restarts, 'worker')} replaced, {again}")
     given_up = sum(counts.dead + counts.cancelled for counts in stages)
     if given_up:
         where = f" in {dead_letters}" if dead_letters else ""
-        notes.append(f"{number(given_up)} dead letter{'s' * (given_up > 1)}{where}")
+        notes.append(f"{_counted(given_up, 'dead letter')}{where}")
     return notes
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{number(count)} {noun}{'' if count == 1 else 's'}"
 
 
 def number(count: float) -> str:
