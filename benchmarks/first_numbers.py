@@ -41,30 +41,32 @@ def take(number: int) -> None:
     """Do nothing: what is measured is the way here."""
 
 
+def cpu_seconds() -> tuple[float, float]:
+    """Return the CPU seconds that this process has used, and those of its children that have ended."""
+    used = os.times()
+    return used.user + used.system, used.children_user + used.children_system
+
+
 def measure_raw(items: int) -> dict[str, Any]:
     """Measure the textbook program once. Its producer is the main process."""
+    own, children = cpu_seconds()
     seconds = raw_joinable.run(items)
-    used = os.times()
-    return {
-        "seconds": seconds,
-        "producer": used.user + used.system,
-        "consumers": used.children_user + used.children_system,
-    }
+    own_now, children_now = cpu_seconds()
+    return {"seconds": seconds, "producer": own_now - own, "consumers": children_now - children}
 
 
 def measure_jobq(items: int, backend: str) -> dict[str, Any]:
     """Measure jobq once, untuned and validating. Its workers' CPU time is known where they are processes."""
     with tempfile.TemporaryDirectory() as folder:
         cpu_file = Path(folder, "producer")
-        before = os.times()
+        own, children = cpu_seconds()
         began = time.perf_counter()
         report = pipeline.run(items=items, cpu_file=cpu_file, backend=backend)
         seconds = time.perf_counter() - began
-        used = os.times()
+        own_now, children_now = cpu_seconds()
         producer = float(cpu_file.read_text())
     assert report.stages["take"].done == items
-    driver = used.user + used.system - before.user - before.system
-    workers = used.children_user + used.children_system - before.children_user - before.children_system
+    driver, workers = own_now - own, children_now - children
     if not workers:  # threads: one process has used it all
         return {"seconds": seconds, "together": driver}
     return {"seconds": seconds, "producer": producer, "driver": driver, "consumers": workers - producer}

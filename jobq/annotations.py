@@ -995,9 +995,9 @@ def read_parameter(annotation: Any, value: Any, text: bool) -> Any:
         raise (error if value.lstrip()[:1] in ("{", "[", '"') else problem) from None
 
 
-def read_json(annotation: Any, text: str | bytes) -> Any:
-    """Return JSON *text* as the annotated type; raises `ValueError` that names the field."""
-    return _told(_adapter(annotation).validate_json, text)
+def json_reader(annotation: Any) -> Callable[[str | bytes], Any]:
+    """Return a function that gives JSON text as the annotated type, or raises `ValueError` that names the field."""
+    return functools.partial(_told, _adapter(annotation).validate_json)
 
 
 def _told(validate: Callable[[Any], Any], value: Any) -> Any:

@@ -46,7 +46,7 @@ class Letters:
             pipeline=self.pipeline,
             target=self.target,
             stage=dead.stage,
-            job=part.first if part is not None else None,
+            job=part.first if part is not None else dead.number,
             key=part.keys[0] if part is not None and part.keys else None,
             item=failure.item_repr,
             item_type=failure.item_type,

@@ -170,9 +170,6 @@ def prepare(
         for key, node in graph.nodes.items()
         for index in range(sizes[key])
     }
-    problems = find_by_name_problems(graph, _promised_start_method(options))
-    if problems:
-        raise PipelineError(*problems)
     began = time.monotonic()
     backend = backend_class(Plan(recipes, options.start_method, preload, daemon))  # type: ignore[call-arg]  # a Protocol has no constructor
     try:
@@ -206,11 +203,6 @@ def prepare(
         watchers.observers.append(file)
     watchers.tell(events.RunStarted(run_id, name, backend.name, backend.start_method, tuple(graph.nodes)))
     return running
-
-
-def _promised_start_method(options: RunOptions) -> str:
-    """Return the start method if the user named one that can be judged before anything starts."""
-    return options.start_method if options.backend not in {"thread", "inline"} else "fork"
 
 
 def _with_input(graph: Graph, options: RunOptions) -> tuple[Graph, dict[str, Any]]:

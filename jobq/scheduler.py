@@ -108,8 +108,10 @@ class Retried:
 
 @dataclass(frozen=True, slots=True)
 class Dead:
-    """A job was given up. ``part`` is None where a producer failed, ``loadable`` False where loading the
-    item may have killed its worker."""
+    """
+    A job was given up. ``part`` is None where a producer failed, or gave what can't be an item (then
+    ``number`` is its place). ``loadable`` is False where loading the item may have killed its worker.
+    """
 
     stage: str
     worker: str
@@ -117,6 +119,7 @@ class Dead:
     failure: Failure
     status: str = "dead"
     loadable: bool = True
+    number: int | None = None
 
 
 @dataclass(slots=True)
@@ -466,7 +469,9 @@ class Scheduler:
         for failure in answer.failures:
             books.received += 1
             books.failed += 1
-            self._bury(line, worker, None, failure)
+            books.dead += 1
+            number = answer.number + failure.index if failure.index >= 0 else None
+            self.happened.append(Dead(line.name, worker, None, failure, number=number))
         used = given + sum(failure.index >= 0 for failure in answer.failures)
         flight.left -= used
         self._promise(line, -used)

@@ -44,19 +44,19 @@ def check_backend(backend: type[Backend], start_method: str = "auto") -> None:
     Raises `AssertionError` with a sentence that says which promise is broken. What only a process can promise
     is checked where `Worker.pid` is not None.
     """
-    with _Bench(backend, start_method) as bench:
+    with Bench(backend, start_method) as bench:
         processes = _answers_in_order(bench)  # also warms up what is started once per program
     before = snapshot()
     for check in (_answers_in_order, _shares_a_page, _tells_a_failure, _leaves_siblings_alone):
-        with _Bench(backend, start_method) as bench:
+        with Bench(backend, start_method) as bench:
             check(bench)
     if processes:
         for check in (_never_waits_to_send, _tells_a_crash, _leaves_a_busy_sibling_alone):
-            with _Bench(backend, start_method) as bench:
+            with Bench(backend, start_method) as bench:
                 check(bench)
         _ends_with_its_driver(backend, start_method)
     elif backend.own_thread:
-        with _Bench(backend, start_method) as bench:
+        with Bench(backend, start_method) as bench:
             _abandons_what_is_busy(bench)
     _closes_while_working(backend, start_method)
     assert not (left := left_since(before)), f"close() leaves something behind: {left}"
@@ -65,7 +65,7 @@ def check_backend(backend: type[Backend], start_method: str = "auto") -> None:
 # ── the checks ───────────────────────────────────────────────────────────────
 
 
-def _answers_in_order(bench: _Bench) -> bool:
+def _answers_in_order(bench: Bench) -> bool:
     """Check the ordinary life of a worker; return whether it is a process."""
     worker = bench.start("echo")
     for number in range(20):
@@ -102,7 +102,7 @@ def _answers_in_order(bench: _Bench) -> bool:
     return worker.pid is not None
 
 
-def _shares_a_page(bench: _Bench) -> None:
+def _shares_a_page(bench: Bench) -> None:
     worker = bench.start("page")
     worker.page[LIMIT] = 42
     bench.send(worker, 0, [None])
@@ -112,7 +112,7 @@ def _shares_a_page(bench: _Bench) -> None:
     assert worker.page[LANES] == 2**40, "the driver must see the worker's words of the page"
 
 
-def _tells_a_failure(bench: _Bench) -> None:
+def _tells_a_failure(bench: Bench) -> None:
     unopened, failing = bench.start("unopened"), bench.start("failing")
     bench.send(failing, 0, [None])
     for worker in (unopened, failing):
@@ -121,7 +121,7 @@ def _tells_a_failure(bench: _Bench) -> None:
         assert "no database" in str(end), f"the end of a worker that can't work must say why; it says: {end}"
 
 
-def _leaves_siblings_alone(bench: _Bench) -> None:
+def _leaves_siblings_alone(bench: Bench) -> None:
     victim, sibling = bench.start("echo"), bench.start("echo")
     bench.hello(victim)
     victim.kill()
@@ -131,7 +131,7 @@ def _leaves_siblings_alone(bench: _Bench) -> None:
     _assert_works(bench, sibling)
 
 
-def _leaves_a_busy_sibling_alone(bench: _Bench) -> None:
+def _leaves_a_busy_sibling_alone(bench: Bench) -> None:
     victim, sibling = bench.start("gate"), bench.start("echo")
     with bench.gate() as gate:
         bench.send(victim, 0, [gate.path, "x" * 1_000_000])
@@ -144,7 +144,7 @@ def _leaves_a_busy_sibling_alone(bench: _Bench) -> None:
     _assert_works(bench, sibling)
 
 
-def _abandons_what_is_busy(bench: _Bench) -> None:
+def _abandons_what_is_busy(bench: Bench) -> None:
     victim, sibling = bench.start("gate"), bench.start("echo")
     with bench.gate() as gate:
         bench.send(victim, 0, [gate.path])
@@ -157,7 +157,7 @@ def _abandons_what_is_busy(bench: _Bench) -> None:
     _assert_works(bench, sibling)
 
 
-def _never_waits_to_send(bench: _Bench) -> None:
+def _never_waits_to_send(bench: Bench) -> None:
     worker = bench.start("gate")
     large = bytes(range(256)) * 40_000
     with bench.gate() as gate:
@@ -183,7 +183,7 @@ def _never_waits_to_send(bench: _Bench) -> None:
     assert isinstance(end, EndOfChannel), f"a worker that ends as told must say so; it {end!r}"
 
 
-def _tells_a_crash(bench: _Bench) -> None:
+def _tells_a_crash(bench: Bench) -> None:
     sibling = bench.start("echo")
     for how, words in (("exit", "exited with code 0"), ("kill", "was killed by SIGKILL")):
         worker = bench.start("crash")
@@ -200,7 +200,7 @@ def _tells_a_crash(bench: _Bench) -> None:
 
 
 def _closes_while_working(backend: type[Backend], start_method: str) -> None:
-    bench = _Bench(backend, start_method)
+    bench = Bench(backend, start_method)
     with bench.gate() as gate:
         try:
             bench.start("echo")
@@ -239,7 +239,7 @@ def be_a_driver(module: str, qualname: str, start_method: str) -> NoReturn:
     backend: Any = importlib.import_module(module)
     for name in qualname.split("."):
         backend = getattr(backend, name)
-    with _Bench(backend, start_method) as bench:
+    with Bench(backend, start_method) as bench:
         idle, busy = bench.start("echo"), bench.start("busy")
         bench.send(busy, 0, [None])
         for worker in (idle, busy):
@@ -250,7 +250,7 @@ def be_a_driver(module: str, qualname: str, start_method: str) -> NoReturn:
             signal.pause()
 
 
-def _assert_works(bench: _Bench, worker: Worker) -> None:
+def _assert_works(bench: Bench, worker: Worker) -> None:
     bench.send(worker, 0, [7])
     bench.hello(worker)
     items = bench.items(bench.hear(worker))
@@ -265,14 +265,14 @@ def _assert_works(bench: _Bench, worker: Worker) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rest:
+class Rest:
     """What a worker said up to its end, and the end."""
 
     said: list[Said]
     end: Exception
 
 
-class _Gate:
+class Gate:
     """A named pipe at which a job waits until it is opened."""
 
     def __init__(self, path: str) -> None:
@@ -294,12 +294,12 @@ class _Gate:
             os.close(self._fd)
 
 
-class _Bench:
+class Bench:
     """A backend and the workers started on it."""
 
-    def __init__(self, backend: type[Backend], start_method: str) -> None:
+    def __init__(self, backend: type[Backend], start_method: str = "auto", plan: Plan | None = None) -> None:
         make: Callable[[Plan], Backend] = backend  # how it is made is not in the protocol
-        self.backend = make(Plan(RECIPES, start_method))
+        self.backend = make(plan or Plan(RECIPES, start_method))
         self._workers: list[Worker] = []
         self._watched: list[_Watched] = []
 
@@ -310,12 +310,14 @@ class _Bench:
         self.close()
 
     def close(self) -> None:
+        """Close the backend, and check that no process of it runs any more."""
         self.backend.close()
         left = [watch.pid for watch in self._watched if not watch.ends_within(SURVIVAL)]
         self._watched = []
         assert not left, f"close() must end every worker, also at work; {len(left)} still run"
 
     def start(self, recipe: str) -> Worker:
+        """Start a worker for a recipe of the plan."""
         worker = self.backend.start(f"{recipe}-{len(self._workers)}", recipe)
         self._workers.append(worker)
         if worker.pid is not None:
@@ -323,34 +325,40 @@ class _Bench:
         return worker
 
     def send(self, worker: Worker, number: int, items: list[Any]) -> None:
+        """Send *items* as one chunk."""
         worker.send(Chunk(number, (Part(0, self.backend.codec.scalars(items)),), len(items)))
 
     def items(self, said: Said) -> list[Any]:
+        """Return what an answer gives to its first route."""
         assert isinstance(said, Answer), f"an order must be answered; {said} came"
         return self.backend.codec.decode(said.outputs[0].block)
 
     def hello(self, worker: Worker) -> None:
+        """Check that the worker says hello next."""
         said = self.hear(worker)
         assert isinstance(said, Hello), f"Hello must come before anything else; {said} came first"
 
     def hear(self, worker: Worker) -> Said:
+        """Return the next thing the worker says, waiting for it; raise its end."""
         deadline = time.monotonic() + PATIENCE
         while (said := worker.receive()) is None:
             self._wait(worker, deadline)
         return said
 
-    def hear_the_end(self, worker: Worker) -> _Rest:
+    def hear_the_end(self, worker: Worker) -> Rest:
+        """Return all that the worker still says, and how it ends."""
         said: list[Said] = []
         try:
             while True:
                 said.append(self.hear(worker))
         except (EndOfChannel, BrokenChannel) as end:
-            return _Rest(said, end)
+            return Rest(said, end)
 
     @contextmanager
-    def gate(self) -> Iterator[_Gate]:
+    def gate(self) -> Iterator[Gate]:
+        """Make a gate for the length of the ``with``."""
         with tempfile.TemporaryDirectory() as folder:
-            gate = _Gate(str(Path(folder, "gate")))
+            gate = Gate(str(Path(folder, "gate")))
             try:
                 yield gate
             finally:

@@ -729,6 +729,10 @@ class Producer:
 
     def _unfit(self, item: Any, error: BaseException, tally: Tally) -> None:
         """Make a dead letter of an item that can't travel."""
+        if isinstance(item, Unfit):
+            tally.failures.append(refusal(len(tally.outcomes), str(item.error), item.shown))
+            tally.outcomes.append(FAILED)
+            return
         where = self._recipe.stage.location
         frame = getattr(self._source, "gi_frame", None) or getattr(self._source, "ag_frame", None)
         if frame is not None:
@@ -740,8 +744,7 @@ class Producer:
             )
             explained.__cause__ = error
             error = explained
-        shown = item.shown if isinstance(item, Unfit) else item
-        tally.failures.append(failure_of(len(tally.outcomes), error, shown, ()))
+        tally.failures.append(failure_of(len(tally.outcomes), error, item, ()))
         tally.outcomes.append(FAILED)
 
     def close(self) -> None:

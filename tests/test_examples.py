@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import sqlite3
 import subprocess
 import sys
@@ -128,18 +129,20 @@ def test_a_file_that_is_no_python_is_filtered_and_the_rest_is_indexed(tmp_path: 
     (root / "old.py").write_text("print 'two'\n")
     (root / "undecodable.py").write_bytes(b"name = '\xf6'\n")
     (root / "nul.py").write_bytes(b"x = 1\0\n")
+    (root / os.fsdecode(b"odd\xff.py")).touch()
     (root / "folder.py").mkdir()
     (root / "gone.py").symlink_to(root / "nowhere.py")
 
     ended = index(tmp_path, root=root)
 
     assert ended.returncode == 0, ended.stderr
-    assert printed_totals(ended.stdout) == {"module": 3, "function": 2}
+    assert printed_totals(ended.stdout) == {"module": 4, "function": 2}
     assert {name for *_, name in rows(tmp_path / "stdlib_index.db")} == {
         "good",
         "empty",
         "latin",
         "found",
+        "odd\\udcff",
         "café",
     }
 

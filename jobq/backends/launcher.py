@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import multiprocessing
 import os
 import pickle
@@ -22,6 +23,8 @@ from jobq.wire import PROTOCOL
 
 #: Seconds to wait for a killed process before leaving it to the system.
 REAPING = 5
+#: What starting a process takes for a moment, at most.
+MOST_DESCRIPTORS = 8
 
 
 class Launcher:
@@ -52,12 +55,21 @@ class Launcher:
         options = {"daemon": self._plan.daemon.get(recipe, True), "preload": self._plan.preload}
         # Nothing large in the arguments: `start` would wait for ever if the child died before reading them.
         process = self._process(target=child.main, args=(ends,), kwargs=options, name=name, daemon=True)
+        self._make_sure_of_room()
         try:
             with _deaf_to_the_terminal():
                 process.start()
         except AssertionError as error:
             raise BackendUnavailable(f"{error}; start_method='fork' can be used here") from error
+        except EOFError as error:
+            raise OSError(errno.EAGAIN, f"can't start worker {name}: the fork server was lost") from error
         return Launched(process, own_child=self._own_children)
+
+    def _make_sure_of_room(self) -> None:
+        # multiprocessing loses descriptors, or its server, if it runs out of them on the way.
+        with contextlib.ExitStack() as given_back:
+            for _ in range(MOST_DESCRIPTORS):
+                given_back.callback(os.close, os.dup(self._broken))
 
     def close(self) -> None:
         """Leave nothing running. Called when every process has been released. Idempotent."""

@@ -24,7 +24,7 @@ from jobq.backends.channel import Incoming, Outgoing, SharedPage, close, make_pa
 from jobq.backends.launcher import Launcher
 from jobq.backends.nursery import Nursery, NurseryLost
 from jobq.errors import BackendUnavailable, BrokenChannel, EndOfChannel
-from jobq.wire import MAGIC, PREFIX, Answer, Bye, Codec, Order, PickleCodec, Said, unpack
+from jobq.wire import MAGIC, PREFIX, Answer, Bye, Codec, Hello, Order, PickleCodec, Said, unpack
 
 START_METHODS = ("auto", "fork", "forkserver", "spawn")
 
@@ -89,6 +89,7 @@ class ProcessWorker:
         self._closing = False
         self._silent = False  # nothing more can be read
         self._raised = False
+        self._up = False
         self._bye: Bye | None = None
         self._problem: str | None = None
         self.released = False
@@ -177,6 +178,8 @@ class ProcessWorker:
                 self._inbox.answered()
         elif type(said) is Bye:
             self._bye = said
+        elif type(said) is Hello:
+            self._up = True
         return said  # type: ignore[return-value]  # the worker sends no orders
 
     def _fall_silent(self) -> None:
@@ -203,12 +206,17 @@ class ProcessWorker:
         if self._problem is not None:
             raise BrokenChannel(self._problem)
         if self._bye is None:
-            raise BrokenChannel(f"{how} in the middle of its work" if how.startswith("exited") else how)
+            raise BrokenChannel(how + self._describe_moment(how))
         if self._bye.problem is not None:
             raise BrokenChannel(self._bye.problem)
         if not self._closing:
             raise BrokenChannel(f"{how} without having been told to end")
         raise EndOfChannel
+
+    def _describe_moment(self, how: str) -> str:
+        if not self._up:
+            return " before it was ready"
+        return " in the middle of its work" if how.startswith("exited") else ""
 
 
 class ProcessBackend:

@@ -1,0 +1,46 @@
+"""Fixtures of all tests: nothing may hang, and nothing may be left behind."""
+
+from __future__ import annotations
+
+import faulthandler
+import signal
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
+from typing import NoReturn
+
+import pytest
+
+from jobq.testing import left_since, snapshot
+
+#: Seconds that one test may take.
+LIMIT = 60.0
+
+
+@pytest.fixture(autouse=True)
+def time_limit() -> Iterator[None]:
+    """
+    A test that hangs fails, with the traceback of every thread.
+
+    By a signal, since pytest's own limit is a thread, and with threads jobq doesn't fork unless told to.
+    """
+    faulthandler.cancel_dump_traceback_later()
+    before = signal.signal(signal.SIGALRM, _too_long)
+    signal.setitimer(signal.ITIMER_REAL, LIMIT)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def _too_long(*_: object) -> NoReturn:
+    faulthandler.dump_traceback(2)
+    raise TimeoutError(f"the test took more than {LIMIT:.0f} s")
+
+
+@pytest.fixture
+def no_leaks() -> Iterator[None]:
+    """After the test no process, thread, descriptor or shared memory is there that was not before it."""
+    resource_tracker.ensure_running()  # multiprocessing's own, one for the whole session
+    before = snapshot()
+    yield
+    left = left_since(before)
+    assert not left, f"left behind: {left}"

@@ -1,0 +1,605 @@
+"""Every backend holds the contract, and processes hold it against jobs that misbehave."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import select
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from multiprocessing.queues import JoinableQueue, Queue
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from jobq import backends
+from jobq.backend import Backend, Plan, Preload, Worker
+from jobq.backends.joinable import JoinableInbox
+from jobq.backends.nursery import Nursery
+from jobq.backends.processes import ProcessBackend, choose_start_method
+from jobq.backends.sentinel import SentinelInbox
+from jobq.backends.thread import ThreadBackend, ThreadWorker
+from jobq.errors import BackendUnavailable, BrokenChannel, EndOfChannel
+from jobq.testing import Bench, Recipe, check_backend, echo
+from jobq.wire import Answer, Grant, Hello, Said
+from tests.recipes import interrupt, plan
+
+PROCESSES = ("joinable", "sentinel", "pipe")
+START_METHODS = ("fork", "forkserver", "spawn")
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
+
+
+@contextmanager
+def bench(name: str = "pipe", start_method: str = "fork", **options: Any) -> Iterator[Bench]:
+    with Bench(backends.load(name), plan=plan(start_method, **options)) as made:
+        yield made
+
+
+def ask(made: Bench, worker: Worker, *items: Any) -> list[Any]:
+    """Return a worker's answer to its first order."""
+    made.send(worker, 0, list(items))
+    made.hello(worker)
+    return made.items(made.hear(worker))
+
+
+def descriptors() -> set[str]:
+    """Return the numbers of all open descriptors, and of one that looks for them."""
+    return {path.name for path in Path("/proc/self/fd").iterdir()}
+
+
+def end_well(made: Bench, worker: Worker) -> None:
+    worker.close()
+    rest = made.hear_the_end(worker)
+    assert isinstance(rest.end, EndOfChannel), rest
+    worker.release()
+
+
+# ── the contract ─────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("start_method", START_METHODS)
+@pytest.mark.parametrize("name", PROCESSES)
+def test_a_process_backend_holds_the_contract(name: str, start_method: str) -> None:
+    check_backend(backends.load(name), start_method)
+
+
+@pytest.mark.parametrize("name", ["thread", "inline"])
+def test_a_backend_without_processes_holds_the_contract(name: str) -> None:
+    check_backend(backends.load(name))
+
+
+class Deaf(ThreadBackend):
+    """Has workers that never say hello."""
+
+    def start(self, name: str, recipe: str) -> ThreadWorker:
+        worker = super().start(name, recipe)
+        said = worker._port.said
+        worker._port.said = _Without(Hello, said)
+        return worker
+
+
+class Blind(ThreadBackend):
+    """Has workers whose page is another than the driver's."""
+
+    def start(self, name: str, recipe: str) -> ThreadWorker:
+        worker = super().start(name, recipe)
+        worker.page = list(worker.page)
+        return worker
+
+
+class _Without(deque[Said]):
+    """Gives something else instead of what is of one type."""
+
+    def __init__(self, unwanted: type, said: Iterable[Said]) -> None:
+        super().__init__(said)
+        self._unwanted = unwanted
+
+    def popleft(self) -> Said:
+        said = super().popleft()
+        return Answer(0, True) if isinstance(said, self._unwanted) else said
+
+
+class Forgetful(ThreadBackend):
+    """Opens a descriptor for each worker, and leaves it open."""
+
+    opened: ClassVar[list[int]] = []
+
+    def start(self, name: str, recipe: str) -> ThreadWorker:
+        self.opened.append(os.dup(0))
+        return super().start(name, recipe)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        (Deaf, "Hello must come before"),
+        (Blind, "must see the driver's words"),
+        (Forgetful, "leaves something behind"),
+    ],
+)
+def test_the_contract_test_notices_a_backend_that_breaks_it(wrong: type[Backend], sentence: str) -> None:
+    with pytest.raises(AssertionError, match=sentence):
+        check_backend(wrong)
+
+    while Forgetful.opened:
+        os.close(Forgetful.opened.pop())
+
+
+# ── finding backends ─────────────────────────────────────────────────────────
+
+
+def test_an_unknown_backend_is_refused_with_the_known_names() -> None:
+    with pytest.raises(BackendUnavailable, match=r"no backend 'ray'; known are inline, joinable, pipe"):
+        backends.load("ray")
+
+
+def test_a_package_adds_a_backend_by_an_entry_point(tmp_path: Path) -> None:
+    Path(tmp_path, "their_backend.py").write_text(
+        "from jobq.backends.thread import ThreadBackend\nclass Theirs(ThreadBackend):\n    name = 'theirs'\n"
+    )
+    package = Path(tmp_path, "their_backend-1.0.dist-info")
+    package.mkdir()
+    Path(package, "METADATA").write_text("Metadata-Version: 2.1\nName: their-backend\nVersion: 1.0\n")
+    Path(package, "entry_points.txt").write_text(
+        "[jobq.backends]\ntheirs = their_backend:Theirs\nbroken = their_backend:Missing\n"
+    )
+    program = (
+        "from jobq import backends, testing\n"
+        "testing.check_backend(backends.load('theirs'))\n"
+        "print(backends.names())\n"
+        "try: backends.load('broken')\n"
+        "except backends.BackendUnavailable as error: print(error)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        env=environment, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    assert "'theirs'" in done.stdout
+    assert "'broken' (their_backend:Missing) can't be imported" in done.stdout
+
+
+# ── deaths ───────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", ["pipe", "joinable"])
+def test_siblings_survive_200_kills_at_random_instants(name: str) -> None:
+    dice = random.Random(7)
+    with bench(name) as made:
+        workers = [made.start("echo") for _ in range(3)]
+        sent = dict.fromkeys(workers, 0)
+        heard = dict.fromkeys(workers, 0)
+        for _ in range(200):
+            for worker in workers:
+                for _ in range(dice.randrange(4)):
+                    made.send(worker, sent[worker], ["x" * dice.choice([1, 5000, 90_000])])
+                    sent[worker] += 1
+            victim = dice.choice(workers)
+            assert victim.pid is not None
+            for _ in range(dice.randrange(3)):
+                victim.receive()
+            os.kill(victim.pid, signal.SIGKILL)
+            rest = made.hear_the_end(victim)
+            assert str(rest.end).startswith("was killed by SIGKILL")
+            victim.release()
+            workers[workers.index(victim)] = replacement = made.start("echo")
+            sent[replacement] = heard[replacement] = 0
+        for worker in workers:
+            while heard[worker] < sent[worker]:
+                said = made.hear(worker)
+                if isinstance(said, Answer):
+                    assert said.number == heard[worker]
+                    heard[worker] += 1
+            end_well(made, worker)
+
+
+@pytest.mark.parametrize("start_method", START_METHODS)
+def test_a_death_is_seen_though_a_grandchild_holds_the_channel_open(start_method: str) -> None:
+    with bench("pipe", start_method) as made:
+        worker = made.start("leave_a_grandchild")
+
+        grandchild = ask(made, worker, None)[0]
+        rest = made.hear_the_end(worker)
+        os.kill(grandchild, signal.SIGKILL)
+
+    assert str(rest.end) == "was killed by SIGKILL"
+
+
+def test_half_a_frame_never_counts() -> None:
+    with bench() as made:
+        worker = made.start("die_in_a_frame")
+        made.send(worker, 0, [None])
+
+        rest = made.hear_the_end(worker)
+
+    assert [type(said) for said in rest.said] == [Hello]
+    assert str(rest.end) == "was killed by SIGKILL"
+
+
+def test_garbage_on_the_channel_is_told_and_its_writer_stopped() -> None:
+    with bench() as made:
+        worker = made.start("write_garbage")
+        made.send(worker, 0, [None])
+
+        rest = made.hear_the_end(worker)
+
+    assert isinstance(rest.end, BrokenChannel)
+    assert "garbage" in str(rest.end)
+
+
+def test_a_killed_nursery_takes_its_workers_along_and_is_replaced() -> None:
+    with bench() as made:
+        worker = made.start("busy")
+        made.send(worker, 0, [None])
+        made.hello(worker)
+        made.hear(worker)
+        os.kill(_nursery(made).pid, signal.SIGKILL)
+
+        rest = made.hear_the_end(worker)
+        worker.release()
+        another = made.start("echo")
+
+        assert "was lost with the process that forks" in str(rest.end)
+        assert ask(made, another, 1) == [1]
+
+
+def test_a_killed_nursery_is_not_replaced_while_threads_run() -> None:
+    with bench() as made, busy_threads(1):
+        os.kill(_nursery(made).pid, signal.SIGKILL)
+
+        with pytest.raises(BackendUnavailable, match="start_method='forkserver'"):
+            made.start("echo")
+
+
+def _nursery(made: Bench) -> Nursery:
+    assert isinstance(made.backend, ProcessBackend)
+    assert made.backend._nursery is not None
+    return made.backend._nursery
+
+
+# ── jobs that change their process ───────────────────────────────────────────
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+@pytest.mark.parametrize("act", ["close_everything_and_open", "replace_the_inbox"])
+def test_a_job_that_closes_the_channel_never_has_the_users_file_written(
+    start_method: str, act: str, tmp_path: Path
+) -> None:
+    file = Path(tmp_path, "precious")
+    file.touch()
+    with bench("pipe", start_method) as made:
+        worker = made.start(act)
+        made.send(worker, 0, [str(file)])
+
+        rest = made.hear_the_end(worker)
+
+    assert isinstance(rest.end, BrokenChannel)
+    assert [type(said) for said in rest.said] == [Hello]
+    assert file.read_bytes() == b""
+
+
+def test_a_job_that_closed_the_channel_is_told_so() -> None:
+    with bench() as made:
+        worker = made.start("replace_the_inbox")
+        made.send(worker, 0, ["/dev/null"])
+
+        assert "closed descriptors that are not its own" in str(made.hear_the_end(worker).end)
+
+
+@pytest.mark.parametrize("start_method", START_METHODS)
+def test_a_job_that_comes_back_twice_is_answered_once(start_method: str) -> None:
+    with bench("joinable", start_method) as made:
+        worker = made.start("fork_and_come_back_twice")
+        made.send(worker, 0, [1])
+        made.send(worker, 1, [2])
+        worker.close()
+
+        rest = made.hear_the_end(worker)
+
+    numbers = [said.number for said in rest.said if isinstance(said, Answer)]
+    assert numbers == [0, 1]
+    assert isinstance(rest.end, EndOfChannel)
+
+
+@pytest.mark.parametrize("start_method", START_METHODS)
+def test_what_a_job_left_in_buffers_and_exit_hooks_is_written(start_method: str, tmp_path: Path) -> None:
+    file = Path(tmp_path, "lines")
+    with bench("pipe", start_method) as made:
+        worker = made.start("write_without_closing")
+        ask(made, worker, str(file))
+        end_well(made, worker)
+
+    assert sorted(file.read_text().splitlines()) == ["written at exit", "written by the job"]
+
+
+def test_a_file_that_the_driver_holds_open_is_written_once_by_each(tmp_path: Path) -> None:
+    path = Path(tmp_path, "lines")
+    with path.open("a") as file:
+        file.write("the driver's\n")
+
+        def write(port: Any, order: Any, items: list[Any]) -> None:
+            file.write(f"{items[0]}\n")
+            echo(port, order, items)
+
+        with Bench(backends.load("pipe"), plan=Plan({"write": Recipe(write)}, "fork")) as made:
+            for number in (1, 2):
+                worker = made.start("write")
+                ask(made, worker, number)
+                end_well(made, worker)
+
+    assert path.read_text().splitlines() == ["the driver's", "1", "2"]
+
+
+@pytest.mark.parametrize("start_method", START_METHODS)
+@pytest.mark.parametrize("daemon", [True, False])
+def test_a_worker_is_a_daemon_of_its_name_unless_told_not_to_be(start_method: str, daemon: bool) -> None:
+    with bench("pipe", start_method, daemon={"who_am_i": daemon}) as made:
+        worker = made.start("who_am_i")
+
+        assert ask(made, worker, None) == [worker.name, daemon, not daemon]
+        end_well(made, worker)
+
+
+@pytest.mark.parametrize("start_method", START_METHODS)
+def test_a_worker_ignores_what_the_terminal_sends_and_dies_of_sigterm(start_method: str) -> None:
+    with bench("pipe", start_method) as made:
+        worker = made.start("dispositions")
+        assert ask(made, worker, None) == [True]
+        assert worker.pid is not None
+
+        os.kill(worker.pid, signal.SIGTERM)
+
+        assert str(made.hear_the_end(worker).end) == "was killed by SIGTERM"
+
+
+@pytest.mark.parametrize("start_method", START_METHODS)
+def test_workers_draw_different_random_numbers(start_method: str) -> None:
+    with bench("pipe", start_method) as made:
+        drawn = {ask(made, made.start("draw"), None)[0] for _ in range(3)}
+
+    assert len(drawn) == 3
+
+
+# ── start methods and embedding programs ─────────────────────────────────────
+
+
+@contextmanager
+def busy_threads(count: int) -> Iterator[None]:
+    """Run threads that hold locks most of the time."""
+    over = threading.Event()
+    lock = threading.Lock()
+
+    def run() -> None:
+        while not over.is_set():
+            with lock:
+                sum(range(1000))
+
+    threads = [threading.Thread(target=run) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_auto_forks_only_while_no_other_thread_runs() -> None:
+    assert choose_start_method("auto") == "fork"
+    with busy_threads(1):
+        assert choose_start_method("auto") == "forkserver"
+    assert choose_start_method("auto") == "fork"
+
+
+def test_an_unknown_start_method_is_refused() -> None:
+    with pytest.raises(BackendUnavailable, match="'thread'; known are auto, fork"):
+        choose_start_method("thread")
+
+
+def test_workers_are_replaced_while_the_embedding_program_has_busy_threads() -> None:
+    with bench() as made, busy_threads(4):
+        for _ in range(30):
+            worker = made.start("echo")
+            assert ask(made, worker, "x") == ["x"]
+            assert worker.pid is not None
+            os.kill(worker.pid, signal.SIGKILL)
+            assert str(made.hear_the_end(worker).end) == "was killed by SIGKILL"
+            worker.release()
+
+
+def test_fork_under_threads_works_if_asked_for() -> None:
+    with busy_threads(2), bench("joinable", "fork") as made:
+        worker = made.start("echo")
+        assert ask(made, worker, "x") == ["x"]
+        end_well(made, worker)
+
+
+def test_a_backend_made_in_a_thread_that_has_ended_works_on() -> None:
+    made: list[Bench] = []
+    thread = threading.Thread(target=lambda: made.append(Bench(backends.load("pipe"), "fork")))
+    thread.start()
+    thread.join()
+
+    with made[0] as bench_:
+        worker = bench_.start("echo")
+        assert ask(bench_, worker, "x") == ["x"]
+        end_well(bench_, worker)
+
+
+def test_a_program_without_main_guard_is_told_that_its_workers_never_came_up(tmp_path: Path) -> None:
+    program = Path(tmp_path, "program.py")
+    program.write_text(
+        "from jobq.backends import load\n"
+        "from jobq.testing import Bench\n"
+        "with Bench(load('pipe'), 'spawn') as bench:\n"
+        "    print(bench.hear_the_end(bench.start('echo')).end)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+    done = subprocess.run(
+        [sys.executable, str(program)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert done.stdout == "exited with code 1 before it was ready\n", done.stderr
+
+
+def test_closures_are_fine_with_fork() -> None:
+    secret = object()
+
+    def tell(port: Any, order: Any, items: list[Any]) -> None:  # noqa: ARG001
+        echo(port, order, [type(secret).__name__])
+
+    with Bench(backends.load("pipe"), plan=Plan({"tell": Recipe(tell)}, "fork")) as made:
+        assert ask(made, made.start("tell"), None) == ["object"]
+
+
+@pytest.mark.parametrize("start_method", ["forkserver", "spawn"])
+def test_closures_are_refused_where_they_cant_travel(start_method: str) -> None:
+    recipes = {"tell": Recipe(lambda *_: None)}
+
+    with pytest.raises(BackendUnavailable, match=rf"tell can't be sent .* by {start_method}: .*'fork'"):
+        backends.load("pipe")(Plan(recipes, start_method))  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("start_method", ["forkserver", "spawn"])
+def test_a_preloaded_file_is_found_under_its_name(start_method: str, tmp_path: Path) -> None:
+    path = Path(tmp_path, "some-pipeline.py")
+    path.write_text("COLOUR = 'green'\n")
+    preload = Preload(str(path), "some_pipeline", str(tmp_path))
+    with bench("pipe", start_method, preload=preload) as made:
+        assert ask(made, made.start("where_from"), "some_pipeline") == ["green"]
+
+
+def test_a_preloaded_file_that_fails_is_told_with_its_traceback(tmp_path: Path) -> None:
+    path = Path(tmp_path, "bad.py")
+    path.write_text("1 / 0\n")
+    with bench("pipe", "spawn", preload=Preload(str(path), "bad_file", str(tmp_path))) as made:
+        end = made.hear_the_end(made.start("echo")).end
+
+    assert isinstance(end, BrokenChannel)
+    assert "ZeroDivisionError" in str(end)
+
+
+def test_a_process_that_the_embedding_program_forks_doesnt_hold_up_the_end() -> None:
+    with bench("pipe") as made:
+        worker = made.start("echo")
+        ask(made, worker, 1)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                while True:
+                    signal.pause()
+            finally:
+                os._exit(1)
+
+        end_well(made, worker)
+
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+@pytest.mark.parametrize(
+    ("start_method", "rooms"), [("fork", range(12)), ("forkserver", range(3, 13)), ("spawn", range(3, 13))]
+)
+def test_a_lack_of_descriptors_is_an_oserror_and_leaves_nothing(
+    start_method: str, rooms: Iterable[int]
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with bench("joinable", start_method) as made:
+        end_well(made, made.start("echo"))  # what is started once is started
+        for room in rooms:
+            before = descriptors()
+            free = [number for number in range(200) if str(number) not in before]
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free[room], limits[1]))
+            try:
+                with pytest.raises(OSError, match=r"Too many open files"):
+                    for _ in range(3):
+                        made.start("echo").kill()
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+        assert ask(made, made.start("echo"), 1) == [1]
+
+
+def test_many_runs_in_one_process_leave_nothing() -> None:
+    for name in PROCESSES * 5:
+        with bench(name) as made:
+            workers = [made.start("echo") for _ in range(3)]
+            ask(made, workers[0], 1)
+            workers[1].kill()
+
+
+# ── one by one ───────────────────────────────────────────────────────────────
+
+
+def test_a_joinable_inbox_is_a_joinable_queue_that_counts() -> None:
+    inbox = JoinableInbox()
+    for number in range(2):
+        inbox.put(Grant(number, 1, 1))
+    inbox.end()
+    inbox.answered()
+    assert not inbox.stream.writer.closed, "one order is not answered yet"
+
+    inbox.answered()
+
+    assert isinstance(inbox, JoinableQueue)
+    assert inbox.stream.writer.closed
+    with pytest.raises(ValueError, match="called too many times"):
+        inbox.task_done()
+    inbox.abandon()
+
+
+def test_an_abandoned_joinable_inbox_can_be_joined() -> None:
+    inbox = JoinableInbox()
+    for number in range(3):
+        inbox.put(Grant(number, 1, 1))
+
+    inbox.abandon()
+    inbox.join()
+
+    assert inbox.stream.reader.closed
+
+
+def test_a_sentinel_inbox_is_a_queue() -> None:
+    inbox = SentinelInbox()
+    inbox.end()
+
+    assert isinstance(inbox, Queue)
+    assert select.select([inbox.stream.reader], [], [], 0)[0]
+    inbox.abandon()
+
+
+def test_ctrl_c_during_inline_work_reaches_the_caller() -> None:
+    with Bench(backends.load("inline"), plan=Plan({"interrupt": Recipe(interrupt)})) as made:
+        worker = made.start("interrupt")
+        made.send(worker, 0, [None])
+        made.hello(worker)
+
+        with pytest.raises(KeyboardInterrupt):
+            made.hear(worker)
+
+
+def test_an_order_of_many_parts_goes_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobq.backends.channel.MOST_BUFFERS", 3)
+    with bench() as made:
+        worker = made.start("echo")
+        items = ["x" * 1000 for _ in range(1000)]
+
+        assert ask(made, worker, *items) == items
