@@ -996,7 +996,7 @@ def read_parameter(annotation: Any, value: Any, text: bool) -> Any:
 
 
 def json_reader(annotation: Any) -> Callable[[str | bytes], Any]:
-    """Return a function that gives JSON text as the annotated type, or raises `ValueError` that names the field."""
+    """Return a function that reads JSON text as the annotated type, or raises a telling `ValueError`."""
     return functools.partial(_told, _adapter(annotation).validate_json)
 
 

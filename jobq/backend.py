@@ -199,6 +199,11 @@ class Backend(Protocol):
     name: ClassVar[str]
     own_thread: ClassVar[bool]
 
+    @staticmethod
+    def resolve(asked: str) -> str:
+        """Return how workers would be started if a plan asked for the start method *asked*."""
+        ...
+
     @property
     def codec(self) -> Codec:
         """How items become blocks here."""

@@ -13,6 +13,7 @@ import contextlib
 import math
 import os
 import selectors
+import signal as signals
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -35,7 +36,13 @@ PRODUCER_GRACE_SECONDS = 1.0
 #: How often those who listen hear of the counts, in seconds.
 TICK_SECONDS = 0.1
 
+#: A killed worker is gone at once, unless the kernel holds it: then we don't wait for it.
+KILL_GRACE_SECONDS = 5.0
+
 FINISH, STOP, KILL = 1, 2, 3
+
+#: Why a run is stopped, in words.
+REASONS = {0: "the time for finishing is over", signals.SIGINT: "interrupted", signals.SIGTERM: "terminated"}
 
 
 @dataclass(slots=True)
@@ -47,6 +54,7 @@ class Ending:
     gave_up: str | None = None
     halted: bool = False  # max_failures: jobs in progress finish, the rest is cancelled
     interrupted: bool = False  # producers had more to give, or work was left undone
+    killed: bool = False
     deadline: float = math.inf
     since: float = math.inf
 
@@ -95,6 +103,7 @@ class Driver:
         self._selector.register(self._wake_read, selectors.EVENT_READ, None)
         self._closing = False
         self._abandoned = False
+        self._hopeless = False  # a killed worker does not go away: it is left to the backend
         self._requested: list[int] = []
         self._checks: dict[str, float] = {}
         scheduler.results_room = lambda: sink.room
@@ -151,7 +160,10 @@ class Driver:
             elif key.fd == self._wake_read:
                 self._drain_wakeups()
         self._advance()
-        return self._closing and not any(pool.members for pool in self.pools.values())
+        if not self._closing or (any(pool.members for pool in self.pools.values()) and not self._hopeless):
+            return False
+        self._cancel_rest()
+        return True
 
     def _advance(self) -> None:
         """Do everything that can be done now."""
@@ -162,13 +174,14 @@ class Driver:
             self.ending.level = STOP
             self._stop_now()
         self._watch_sink()
-        if self.ending.level:
+        if self.ending.level or self.ending.halted:
             self._press(now)
         if not self._closing:
             if not self.ending.halted:
                 self._dispatch(now)
             self._conclude(now)
         elif now >= self.ending.deadline:
+            self._hopeless = self.ending.killed
             self._kill_all()
         if self._ticking and now >= self._next_tick:
             self._next_tick = now + TICK_SECONDS
@@ -176,7 +189,7 @@ class Driver:
 
     def _patience(self) -> float | None:
         """Return the seconds until something is due by itself; None: nothing is."""
-        due = self.ending.deadline
+        due, now = self.ending.deadline, time.monotonic()
         if not self._closing:
             for pool in self._consumers:
                 line = pool.line
@@ -186,11 +199,11 @@ class Driver:
                     due = min(due, line.oldest + line.node.stage.consumer.batch_timeout)
             for at in self._checks.values():
                 due = min(due, at)
-            if self.ending.level:
+            if now < self.ending.since + PRODUCER_GRACE_SECONDS:
                 due = min(due, self.ending.since + PRODUCER_GRACE_SECONDS)
         if self._ticking:
             due = min(due, self._next_tick)
-        return None if due == math.inf else max(0.0, due - time.monotonic())
+        return None if due == math.inf else max(0.0, due - now)
 
     def _drain_wakeups(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -312,36 +325,40 @@ class Driver:
         line = member.pool.line
         self._forget(member)
         self._tell(events.WorkerEnded(line.name, member.worker.name, member.worker.pid))
-        if line.is_producer and line.grants.get(member.worker.name):
+        if line.is_producer:
             self.scheduler.end_producer(line, member.worker.name)
 
     def _lost(self, member: Member, reason: str) -> None:
         pool, line, name = member.pool, member.pool.line, member.worker.name
         tickets, decoding = (member.tickets(), member.decoding()) if member.ready else ([], None)
-        numbers = tuple(
-            part.first
+        in_hand = [
+            flight.job(ticket - number)
             for number, flight in line.flights.get(name, {}).items()
             for ticket in tickets
             if 0 <= ticket - number < flight.chunk.count
-            for part in (flight.job(ticket - number),)
-        )
+        ]
+        numbers = tuple(part.first for part in in_hand)
+        limit = 0 if line.is_producer else line.node.stage.consumer.max_deliveries
+        deliveries = (in_hand[0].delivery + 1, limit) if len(in_hand) == 1 else ()
         self._forget(member)
-        back = 0
+        back, stopped = 0, self.ending.killed
         if line.is_producer:
             self._lost_producer(line, name, reason)
+        elif stopped:  # by us: nobody is to blame
+            self.scheduler.lost(line, name, (), None, reason, time.monotonic())
         else:
-            back = self.scheduler.lost(line, name, tickets, decoding, reason)
-        if not (self._closing and self.ending.level >= STOP):
-            self._tell(events.WorkerLostEvent(line.name, name, member.worker.pid, reason, numbers, back))
+            back = self.scheduler.lost(line, name, tickets, decoding, reason, time.monotonic())
+        if not stopped:
+            self._tell(
+                events.WorkerLostEvent(line.name, name, member.worker.pid, reason, numbers, back, *deliveries)
+            )
         self._report_happenings()
         self._pass_results()
         if not line.is_producer and not self._closing:
             self._replace(pool, member, reason)
 
     def _lost_producer(self, line: Line, name: str, reason: str) -> None:
-        if name in line.ended:
-            return
-        if self.ending.level or self.ending.halted:
+        if name in line.ended or self.ending.level or self.ending.halted or self.ending.killed:
             self.scheduler.end_producer(line, name)
         else:
             self.scheduler.lost_producer(line, name, reason)
@@ -373,7 +390,7 @@ class Driver:
             line = pool.line
             if line.delayed:
                 self.scheduler.due(line, now)
-            if line.queued:
+            if line.ready:
                 if line.batch is not None:
                     self._give_batches(pool, now)
                 else:
@@ -387,32 +404,33 @@ class Driver:
         """Give chunks to workers that have nothing to do, then the next one to those that are busy."""
         line, lanes = pool.line, pool.line.lanes // pool.size
         members = [member for member in pool.members if member.ready and not member.recalled]
-        free = [member for member in members if member.load < lanes]
+        free = sorted([member for member in members if member.load < lanes], key=_load)
         target = max(line.target, lanes)
         for place, member in enumerate(free):
-            share = math.ceil(line.queued / (len(free) - place))
-            if not self._send(line, member, min(target, share)):
-                break
+            share = math.ceil(line.ready / (len(free) - place))
+            if not share:
+                return
+            self._send(line, member, min(target, share))
         # A second chunk lets a worker go on without a pause, but must not be a crumb.
-        if line.queued < max(1, target // 2) and not (line.queued and self.scheduler.upstream_quiet(line)):
+        if line.ready < max(1, target // 2) and not (line.ready and self.scheduler.upstream_quiet(line)):
             return
         for member in members:
             load = member.load
             if lanes <= load < lanes + target:
-                share = math.ceil(line.queued / len(members))
-                if not line.queued or not self._send(line, member, min(target, share)):
+                share = math.ceil(line.ready / len(members))
+                if not share or not self._send(line, member, min(target, share)):
                     break
 
     def _give_batches(self, pool: Pool, now: float) -> None:
         """Give each free worker a batch that is full, or overdue, or the last."""
         line = pool.line
         batch = line.batch or 1
-        for member in sorted(pool.members, key=lambda member: member.load):
+        for member in sorted(pool.members, key=_load):
             if not member.ready or member.load:
                 continue
             ripe = (
                 line.groups
-                or line.queued >= batch
+                or line.ready >= batch
                 or (line.oldest is not None and now >= line.oldest + line.node.stage.consumer.batch_timeout)
                 or self.scheduler.upstream_quiet(line)
             )
@@ -444,13 +462,13 @@ class Driver:
         """Take jobs back from behind a slow one while another worker has nothing to do."""
         name, line = pool.line.name, pool.line
         lanes = line.lanes // pool.size
-        if line.queued or line.flying <= lanes or pool.size == 1:
+        if line.ready or line.flying <= lanes or pool.size == 1:
             self._checks.pop(name, None)
             return
         if self._checks.get(name, 0.0) > now:
             return
         self._checks.pop(name, None)
-        if not any(member.ready and not member.load for member in pool.members):
+        if not any(member.ready and member.load < lanes for member in pool.members):
             return
         for member in pool.members:
             if member.recalled or not member.ready or member.load <= lanes:
@@ -461,7 +479,7 @@ class Driver:
                 member.sample, member.sampled_at = begun, now
             elif now - member.sampled_at >= SLOW_SECONDS:
                 self._take_back(member)
-        if line.queued:
+        if line.ready:
             self._checks.pop(name, None)
             (self._give_batches(pool, now) if line.batch is not None else self._give_chunks(pool))
 
@@ -475,9 +493,8 @@ class Driver:
         """Close the workers once there is nothing left for them to do."""
         scheduler = self.scheduler
         if self.ending.halted:
-            if any(line.flying for line in scheduler.lines.values()):
+            if any(line.flying or line.producing for line in scheduler.lines.values()):
                 return
-            self._cancel_rest()
         elif not scheduler.finished or self.sink.waitable is not None:
             return
         self._close(now)
@@ -493,6 +510,7 @@ class Driver:
     def _halt(self) -> None:
         """Start nothing new: jobs in progress finish, the rest will be cancelled."""
         self.ending.halted = True
+        self.ending.since = time.monotonic()
         for pool in self.pools.values():
             pool.stop_giving()
             for member in list(pool.members):
@@ -502,13 +520,6 @@ class Driver:
                     self._watch(member)
                 else:
                     self._take_back(member)
-        for pool in self._producers:
-            for member in list(pool.members):
-                self._end_giving(pool.line, member)
-
-    def _end_giving(self, line: Line, member: Member) -> None:
-        if member.worker.name not in line.ended:
-            self.scheduler.end_producer(line, member.worker.name)
 
     def _escalate(self, signal: int, now: float) -> None:
         ending = self.ending
@@ -525,40 +536,31 @@ class Driver:
                 pool.close()
                 for member in pool.members:
                     self._watch(member)
-        self._tell(events.Stopping(ending.level, f"signal {signal}", self.scheduler.unfinished))
+        reason = REASONS.get(signal, f"signal {signal}")
+        self._tell(events.Stopping(ending.level, reason, self.scheduler.unfinished))
         if ending.level >= STOP:
             self._stop_now()
+        self._hopeless = ending.level >= KILL
 
     def _press(self, now: float) -> None:
         """While the run is being stopped, wait for nobody too long."""
         ending = self.ending
         if now >= ending.deadline and ending.level == FINISH:
             self._escalate(0, now)
-        rest = any(line.unsettled for line in self.scheduler.lines.values())
-        if not rest and now >= ending.since + PRODUCER_GRACE_SECONDS:
+        busy = any(line.flying for line in self.scheduler.lines.values())
+        if not busy and now >= ending.since + PRODUCER_GRACE_SECONDS:
             for pool in self._producers:
                 if pool.line.producing:
                     pool.kill()
 
     def _stop_now(self) -> None:
-        """Stop jobs in flight; they and all that waits are cancelled."""
+        """Stop jobs in flight; when every worker is gone, they and all that waits are cancelled."""
+        self._closing = True
         self._kill_all()
-        if not self._closing:
-            self._hear_last_words()
-            self._cancel_rest()
-            self._closing = True
-        self.ending.deadline = time.monotonic() + self._shutdown_timeout
-
-    def _hear_last_words(self) -> None:
-        """Count what workers had answered before they were stopped."""
-        for pool in self.pools.values():
-            for member in list(pool.members):
-                with contextlib.suppress(EndOfChannel, BrokenChannel):
-                    while (said := member.worker.receive()) is not None:
-                        if isinstance(said, Answer):
-                            self._settle(pool.line, member, said)
 
     def _kill_all(self) -> None:
+        self.ending.killed = True
+        self.ending.deadline = time.monotonic() + KILL_GRACE_SECONDS
         for pool in self.pools.values():
             pool.kill()
 
@@ -568,9 +570,6 @@ class Driver:
             self._stop_now()
 
     def _cancel_rest(self) -> None:
-        for pool in self._producers:
-            for member in pool.members:
-                self._end_giving(pool.line, member)
         for line in self.scheduler.lines.values():
             if not line.is_producer:
                 parts = self.scheduler.cancel(line)
@@ -632,6 +631,10 @@ class Driver:
         """Return how the driver's books differ from the workers' own counts; None: they balance."""
         problems = [problem for pool in self.pools.values() for problem in _compare(pool)]
         return "; ".join(problems) or None
+
+
+def _load(member: Member) -> int:
+    return member.load
 
 
 def _compare(pool: Pool) -> Iterable[str]:

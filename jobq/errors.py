@@ -86,7 +86,7 @@ class JobsFailed(ExceptionGroup[Exception], JobqError):
         self.report = report
         return self
 
-    def __init__(self, message: str, exceptions: Sequence[Exception], report: Report) -> None:
+    def __init__(self, message: str, exceptions: Sequence[Exception], report: Report) -> None:  # noqa: ARG002
         # ExceptionGroup.__new__ has taken the arguments; object state was set there too.
         super().__init__(message, exceptions)
 
@@ -107,7 +107,7 @@ class JobsLost(JobqError):
         self.report = report
 
 
-class Control(Exception):  # noqa: N818  # an instruction, not an error
+class Control(Exception):
     """What a job raises to say what becomes of it."""
 
 
@@ -139,9 +139,9 @@ class Skip(Control):
         self.reason = reason
 
 
-class EndOfChannel(Exception):  # noqa: N818  # trio's triple: you closed it, it ended, it broke
+class EndOfChannel(Exception):
     """The other side ended cleanly: not an error."""
 
 
-class BrokenChannel(Exception):  # noqa: N818
+class BrokenChannel(Exception):
     """The other side was lost; ``str()`` says how."""

@@ -79,13 +79,15 @@ class JobDead:
     """
     A job was given up; the letter holds everything known of it.
 
-    Its item as JSON where it has that form, else pickled: both were made where the item was.
+    Its item as JSON where it has that form, else pickled: both were made where the item was. ``undecoded``:
+    it died with its worker, so its item is to be had only when the run is over (a second event, for files).
     """
 
     worker: str
     letter: DeadLetter
     item_json: str | None = None
     item_pickle: bytes | None = None
+    undecoded: bool = False
 
 
 @dataclass(frozen=True, slots=True)

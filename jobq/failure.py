@@ -29,7 +29,7 @@ def safe_repr(value: object) -> str:
     """Return a short ``repr(value)``, whatever its ``__repr__`` does."""
     try:
         text = repr(value)
-    except ValueError if isinstance(value, int) else BaseException as error:
+    except BaseException as error:  # user code, or an int of more than 4300 digits
         if isinstance(value, int):
             return f"<int, {value.bit_length()} bits>"
         text = f"<{type(value).__name__}: repr() raised {type(error).__name__}>"
@@ -80,7 +80,7 @@ def json_text(item: Any) -> str | None:
     from pydantic_core import to_json
 
     try:
-        return to_json(item, inf_nan_mode="constants").decode()
+        return to_json(item, inf_nan_mode="null").decode()
     except BaseException:  # user code may run in it (serializers)
         return None
 

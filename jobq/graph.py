@@ -428,6 +428,8 @@ def _contradictions(node: Node) -> Iterator[str]:
     options = stage.consumer
     if options.ordered and node.on_cycle:
         yield f"{who}: ordered=True in a loop, where there is no last item to wait for: remove ordered=."
+    if "batch_timeout" in options.model_fields_set and options.batch is None:
+        yield f"{who}: batch_timeout= without batch=: say how many items make a batch, or remove it."
     if {
         "min_backoff",
         "max_backoff",

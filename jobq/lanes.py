@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jobq.backend import IDLE, LANES, LIMIT, Port
@@ -51,6 +51,7 @@ class Task:
     offset: int
     part: Part
     item: Any
+    batch: tuple[int, ...] = ()  # the indices of all jobs of a batch, whose items *item* lists
 
 
 class Lanes:
@@ -79,18 +80,34 @@ class Lanes:
             self._tallies[order.number] = tally
         if self._flusher is not None:
             self._flusher.arm()
+        good: list[Task] = []
         for index, (item, (part, offset)) in enumerate(zip(items, places(order), strict=True)):
             if index in bad:
                 self._end(tally, index, FAILED, refusal(index, bad[index], item))
             else:
-                self._begin(Task(tally, index, offset, part, item))
+                good.append(Task(tally, index, offset, part, item))
+        if self._recipe.signature.batched and good:
+            indices = tuple(task.index for task in good)
+            good = [replace(good[-1], item=[task.item for task in good], batch=indices)]
+        for task in good:
+            self._begin(task)
+
+    def _conclude(self, task: Task, outcome: Any, error: BaseException | None, busy: float) -> None:
+        """Write down how a call ended: one job, or all jobs of a batch."""
+        for index in task.batch or (task.index,):
+            last = index == task.index
+            item = task.item[task.batch.index(index)] if task.batch else task.item
+            failed = error is not None and outcome_of(error) is FAILED
+            failure = failure_of(index, error, item, self._retry_on) if failed and error else None
+            given = outcome if last or outcome in (FAILED, FILTERED, RECALLED) else DONE
+            self._end(task.tally, index, given, failure, busy if last else 0.0)
 
     def _begin(self, task: Task) -> None:
         raise NotImplementedError
 
     def _may_begin(self, lane: int, task: Task) -> bool:
         """Write the job down as begun in *lane*, unless it was taken back."""
-        ticket = task.tally.number + task.index
+        ticket = task.tally.number + (task.batch[0] if task.batch else task.index)
         self._page[LANES + 2 * lane] = ticket
         if ticket < self._page[LIMIT]:
             return True
@@ -106,16 +123,11 @@ class Lanes:
             return [
                 encode_carefully(self._giving, item, self._recipe)
                 for item in (given if given is not None else ())
-                if not (item is None and signature.nullable)
+                if item is not None  # a generator's None is not given on
             ]
         if given is None and signature.nullable:
             return FILTERED
         return [encode_carefully(self._giving, given, self._recipe)]
-
-    def _failure(self, task: Task, error: BaseException) -> Failure | None:
-        if outcome_of(error) is FILTERED:
-            return None
-        return failure_of(task.index, error, task.item, self._retry_on)
 
     def _end(
         self, tally: LaneTally, index: int, outcome: Any, failure: Failure | None = None, busy: float = 0.0
@@ -231,17 +243,17 @@ class ThreadLanes(Lanes):
 
     def _do(self, lane: int, caller: Caller, task: Task) -> None:
         if not self._may_begin(lane, task):
-            self._end(task.tally, task.index, RECALLED)
+            self._conclude(task, RECALLED, None, 0.0)
             return
         self._current.tally = task.tally
         began = time.monotonic()
-        failure = None
+        raised = None
         try:
             job = caller.job(task.part, task.index, task.offset) if caller.wants_job else {}
             outcome = self._outcome(caller.function(task.item, **job))
         except BaseException as error:  # the job's, whatever it is
-            outcome, failure = outcome_of(error), self._failure(task, error)
-        self._end(task.tally, task.index, outcome, failure, time.monotonic() - began)
+            outcome, raised = outcome_of(error), error
+        self._conclude(task, outcome, raised, time.monotonic() - began)
         self._page[LANES + 2 * lane] = IDLE
 
     def close(self) -> None:
@@ -289,7 +301,7 @@ class AsyncLanes(Lanes):
             lane = self._free.pop()
             if not self._may_begin(lane, task):
                 self._free.append(lane)
-                self._end(task.tally, task.index, RECALLED)
+                self._conclude(task, RECALLED, None, 0.0)
                 continue
             running = self._loop.create_task(self._do(lane, task))
             self._running.add(running)
@@ -297,13 +309,13 @@ class AsyncLanes(Lanes):
 
     async def _do(self, lane: int, task: Task) -> None:
         began = time.monotonic()
-        failure = None
+        raised = None
         try:
             job = self._caller.job(task.part, task.index, task.offset) if self._caller.wants_job else {}
             outcome = self._outcome(await self._called(self._caller.function, task.item, job))
         except BaseException as error:  # the job's, whatever it is
-            outcome, failure = outcome_of(error), self._failure(task, error)
-        self._end(task.tally, task.index, outcome, failure, time.monotonic() - began)
+            outcome, raised = outcome_of(error), error
+        self._conclude(task, outcome, raised, time.monotonic() - began)
         self._page[LANES + 2 * lane] = IDLE
         self._free.append(lane)
         self._fill()

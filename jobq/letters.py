@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jobq.errors import JobqError, PayloadError, TimeLimitExceeded, WorkerLost
@@ -35,6 +35,7 @@ class Letters:
     pipeline: str
     target: str | None
     kept: list[tuple[Dead, DeadLetter]] = field(default_factory=list)
+    undecoded: list[tuple[Dead, JobDead]] = field(default_factory=list)
 
     def make(self, dead: Dead) -> JobDead:
         """Return the event for *dead*; nothing pickled is loaded, except plain scalars."""
@@ -59,7 +60,22 @@ class Letters:
         )
         if len(self.kept) < LETTERS_KEPT:
             self.kept.append((dead, letter))
-        return JobDead(dead.worker, letter, item_json, None if item_json is not None else _pickled(part))
+        undecoded = item_json is None and failure.verdict == "lost" and part is not None and dead.loadable
+        pickled = None if item_json is not None else _pickled(part)
+        event = JobDead(dead.worker, letter, item_json, pickled, undecoded)
+        if undecoded:
+            self.undecoded.append((dead, event))
+        return event
+
+    def decoded(self, codec: Codec) -> Iterable[JobDead]:
+        """Yield the events of jobs that died with their workers again, with their items as JSON."""
+        for dead, event in self.undecoded:
+            assert dead.part is not None
+            item = codec.decode(dead.part.block)[0]
+            if not isinstance(item, Undecodable):
+                event.letter.item_type = type(item).__qualname__
+            text = None if isinstance(item, Undecodable) else json_text(item)
+            yield replace(event, item_json=text, undecoded=False)
 
     def cancelled(self, stage: str, parts: Iterable[Part], codec: Codec) -> Iterable[JobDead]:
         """
@@ -91,6 +107,8 @@ class Letters:
                 if not isinstance(item, Undecodable):
                     letter.item = item
                     letter.item_type = type(item).__qualname__
+            elif dead.part is None and dead.failure.item is not None:
+                letter.item = _load_item(dead.failure.item, letter.item)
         return [letter for _, letter in self.kept]
 
     def exceptions(self) -> list[Exception]:
@@ -124,6 +142,16 @@ def _load(failure: Failure) -> Exception | None:
     except BaseException:  # user code: an exception that pickles but does not unpickle
         return None
     return error if isinstance(error, Exception) else None
+
+
+def _load_item(piece: Any, shown: Any) -> Any:
+    """Return what a producer gave and could not be taken: a pickle, or the thing itself."""
+    if not isinstance(piece, bytes | memoryview):
+        return piece
+    try:
+        return pickle.loads(piece)
+    except BaseException:  # user code
+        return shown
 
 
 def _scalar_json(part: Part | None) -> str | None:

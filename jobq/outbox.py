@@ -130,6 +130,7 @@ class Tally:
 
     number: int
     began: float
+    items: list[Any] = field(default_factory=list)
     outcomes: list[Any] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     notes: list[tuple[int, float | None, float | None]] = field(default_factory=list)
@@ -145,6 +146,9 @@ class Flusher:
         self._armed = threading.Event()
         self._thread: threading.Thread | None = None
         self._ended = False
+        #: Keep looking, however long nothing comes: the working thread is inside user code that may give
+        #: several items, each of which is to leave soon.
+        self.hold = False
 
     def arm(self) -> None:
         """Look from now on (cheap: called for every order)."""
@@ -163,7 +167,7 @@ class Flusher:
                 return
             time.sleep(TICK_SECONDS)
             idle = 0 if self._flush() else idle + 1
-            if idle > IDLE_TICKS:
+            if idle > IDLE_TICKS and not self.hold:
                 idle = 0
                 self._armed.clear()
                 if self._ended or self._flush():  # something came in between
@@ -181,27 +185,35 @@ class Outbox:
     """
     Sends what is finished of the order in hand.
 
-    ``tally.outcomes`` holds one entry per finished job, in order: DONE, FILTERED, FAILED, or what it gave
-    (one piece, or a list of pieces where a job gives many). The working thread appends, which is atomic;
-    whoever flushes holds ``_lock``.
+    ``flusher`` is None where there is no second thread. ``tally.outcomes`` holds one entry per finished
+    job, in order: DONE, FILTERED, FAILED, or what it gave (one piece, or a list of pieces where a job gives
+    many). The working thread appends, which is atomic; whoever flushes holds ``_lock``.
     """
 
     def __init__(
-        self, send: Callable[[Answer], None], packer: Packer, routes: int, *, many: bool, flusher: bool
+        self,
+        send: Callable[[Answer], None],
+        packer: Packer,
+        routes: int,
+        *,
+        many: bool,
+        flusher: bool,
+        refuse: Callable[[int, BaseException, Any], Failure],
     ) -> None:
         self._send = send
+        self._refuse = refuse
         self._packer = packer
         self._many = many
         self._lock = threading.Lock()
         self._counters = Counters(emitted=[0] * routes)
         self.tally: Tally | None = None
-        self._flusher = Flusher(self.flush) if flusher else None
+        self.flusher = Flusher(self.flush) if flusher else None
 
     def begin(self, number: int, *, alone: bool = False) -> Tally:
         """Start the tally of an order; with *alone* nothing can wait behind anything in it."""
         tally = self.tally = Tally(number, time.monotonic())
-        if self._flusher is not None and not alone:
-            self._flusher.arm()
+        if self.flusher is not None and not alone:
+            self.flusher.arm()
         return tally
 
     def flush(self, *, final: bool = False, ended: bool = False) -> bool:
@@ -234,6 +246,11 @@ class Outbox:
 
     def _answer(self, tally: Tally, high: int, final: bool, ended: bool) -> Answer:
         low, tally.sent = tally.sent, high
+        try:
+            settled, filtered, outputs = self._pack(tally.outcomes[low:high], low)
+        except BaseException:  # a piece that is an item, and neither a scalar nor picklable
+            self._take_out_unfit(tally, low, high)
+            settled, filtered, outputs = self._pack(tally.outcomes[low:high], low)
         failures = tuple(tally.failures[tally.failures_sent :])
         # A failure may have been written down just before its place among the outcomes: next time then.
         failures = tuple(failure for failure in failures if failure.index < high)
@@ -241,9 +258,6 @@ class Outbox:
         notes, tally.notes = tuple(tally.notes), []
         now = time.monotonic()
         busy, tally.began = now - tally.began, now
-        outcomes = tally.outcomes[low:high]
-        settled, filtered, pieces, parents = self._sort(outcomes, low)
-        outputs = self._packer.outputs(pieces, parents)
         counters = self._counters
         done = sum(b - a for a, b in settled)
         counters.done += done - len(filtered)
@@ -253,6 +267,25 @@ class Outbox:
         return Answer(
             tally.number, final, settled, filtered, failures, outputs, counters.totals(), busy, ended, notes
         )
+
+    def _pack(
+        self, outcomes: list[Any], low: int
+    ) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...], tuple[Output, ...]]:
+        settled, filtered, pieces, parents = self._sort(outcomes, low)
+        return settled, filtered, self._packer.outputs(pieces, parents)
+
+    def _take_out_unfit(self, tally: Tally, low: int, high: int) -> None:
+        """Let each job fail that gave something that can't travel."""
+        for index in range(low, high):
+            outcome = tally.outcomes[index]
+            if isinstance(outcome, Marker):
+                continue
+            try:
+                self._packer.outputs(outcome if self._many else [outcome], None)
+            except BaseException as error:  # user code runs in it
+                item = tally.items[index] if index < len(tally.items) else outcome
+                tally.outcomes[index] = FAILED
+                tally.failures.append(self._refuse(index, error, item))
 
     def _count_outputs(self, outputs: Sequence[Output]) -> None:
         for output in outputs:
@@ -272,7 +305,9 @@ class Outbox:
             if len(kinds) == 1 and outcomes.count(DONE) == len(outcomes):
                 return ((low, high),), (), [], None
         settled: list[tuple[int, int]] = []
-        filtered, pieces, parents = [], [], []
+        filtered: list[int] = []
+        pieces: list[Any] = []
+        parents: list[int] = []
         for index, outcome in enumerate(outcomes, low):
             if outcome is FAILED:
                 continue
@@ -290,5 +325,5 @@ class Outbox:
 
     def close(self) -> None:
         """End the flusher."""
-        if self._flusher is not None:
-            self._flusher.close()
+        if self.flusher is not None:
+            self.flusher.close()

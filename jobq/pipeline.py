@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 from jobq.errors import JobsFailed, JobsLost, PipelineError, RunFailed
 from jobq.graph import Graph, build_graph, find_by_name_problems
 from jobq.load import refuse_while_loading
-from jobq.options import RunOptions, read_run_options
+from jobq.options import NOT_YET, RunOptions, read_run_options
 from jobq.outcome import Outcome
-from jobq.results import Collect, Discard, JsonLines, Sink, Stream
+from jobq.results import Collect, Discard, JsonLines, Sink
 from jobq.running import Running, prepare
 from jobq.stage import (
     ConsumerOptions,
@@ -27,12 +27,12 @@ from jobq.stage import (
     locate,
     read_options,
 )
+from jobq.stream import ResultStream
 
 if TYPE_CHECKING:
     from jobq.backend import Preload
     from jobq.events import Observer
     from jobq.report import Report
-    from jobq.wire import Block
 
 F = TypeVar("F", bound=Callable[..., Any])
 Source = str | Function | Sequence[str | Function] | None
@@ -150,21 +150,32 @@ class Pipeline:
     # ── check ────────────────────────────────────────────────────────────────
 
     def graph(self) -> Graph:
-        """Return how the stages are connected; raises `PipelineError` that lists everything that is wrong."""
+        """Return how the stages are connected; raises `PipelineError` with everything that is wrong."""
         return build_graph(self._stages, self._resources, pipeline=self.name)
 
     def check(self) -> None:
         """Find every error of definition that can be known before a run; raise one `PipelineError` with all."""
         problems: list[str] = []
-        method = self._defaults.get("start_method", "auto")
+        options = read_run_options(self._defaults)
         try:
             graph = self.graph()
         except PipelineError as error:
             problems += error.problems
         else:
-            problems += find_by_name_problems(graph, method)
+            problems += find_by_name_problems(graph, self._resolved(options))
         if problems:
             raise PipelineError(*problems)
+
+    @staticmethod
+    def _resolved(options: RunOptions) -> str:
+        from jobq import backends
+
+        return backends.load(options.backend).resolve(options.start_method)
+
+    @property
+    def run_options(self) -> dict[str, Any]:
+        """The defaults of this pipeline's runs, as they were given."""
+        return dict(self._defaults)
 
     # ── run ──────────────────────────────────────────────────────────────────
 
@@ -191,7 +202,9 @@ class Pipeline:
         """
         options, parameters = self._read(given)
         return ResultStream(
-            lambda sink, observers: self._prepare(options, parameters, sink, observers), options
+            lambda sink, observers: self._prepare(options, parameters, sink, observers),
+            _observing(options),
+            lambda outcome: _raise_or_report(outcome, options),
         )
 
     def execute(
@@ -264,131 +277,18 @@ class Pipeline:
                 stated[name] = value
             else:
                 parameters[name] = value
+        early = sorted(NOT_YET & named.keys())
+        declared: list[Stage | Resource] = [*self._stages, *self._resources]
+        taken = {name for one in declared for name in _parameter_names(one)}
+        refused = [name for name in early if name not in taken]
+        if refused:
+            raise PipelineError(*(f"run option {name!r} is not built yet." for name in refused))
         return read_run_options(stated), parameters
 
 
-class ResultStream(Iterator[Any]):
-    """The results of a run as they come. A context manager: leaving it stops the run."""
-
-    def __init__(self, start: Callable[[Sink, Sequence[Observer]], Running], options: RunOptions) -> None:
-        self._start = start
-        self._options = options
-        self._sink = Stream()
-        self._running: Running | None = None
-        self._thread: threading.Thread | None = None
-        self._items: list[Any] = []
-        self._cleanup = contextlib.ExitStack()
-        self._over = False
-        self._crash: BaseException | None = None
-        self.report: Report | None = None
-
-    def __iter__(self) -> Iterator[Any]:
-        try:
-            yield from iter(self._next, _END)
-        finally:
-            self.close()
-
-    def __next__(self) -> Any:
-        item = self._next()
-        if item is _END:
-            raise StopIteration
-        return item
-
-    def _next(self) -> Any:
-        while not self._items:
-            if self._over:
-                return _END
-            if self._running is None:
-                self._begin()
-            block = self._take()
-            if block is None:
-                self._finish()
-                return _END
-            assert self._running is not None
-            self._items = self._running.backend.codec.decode(block)[::-1]
-        return self._items.pop()
-
-    def _begin(self) -> None:
-        observers = self._cleanup.enter_context(_observing(self._options))
-        try:
-            running = self._running = self._start(self._sink, observers)
-            self._sink.wake = running.driver.wake
-            self._cleanup.enter_context(running.signals())
-        except BaseException:
-            self._over = True
-            self._cleanup.close()
-            raise
-        if running.backend.own_thread:
-            self._thread = threading.Thread(target=self._drive, name="jobq-driver", daemon=True)
-            self._thread.start()
-        else:
-            self._cleanup.callback(running.driver.release)
-            running.driver.begin()
-
-    def _drive(self) -> None:
-        assert self._running is not None
-        try:
-            self._running.driver.run()
-        except BaseException as error:  # a bug in jobq: the caller must hear of it
-            self._crash = error
-        finally:
-            self._sink.end()
-
-    def _take(self) -> Block | None:
-        if self._thread is not None:
-            return self._sink.take()
-        assert self._running is not None
-        while (block := self._sink.poll()) is None:
-            if self._running.driver.step():
-                return self._sink.poll()
-        return block
-
-    def _finish(self) -> None:
-        """Take the run as ended: set the report, raise what it ended with."""
-        assert self._running is not None
-        self._over = True
-        if self._thread is not None:
-            self._thread.join()
-        self._cleanup.close()
-        if self._crash is not None:
-            raise self._crash
-        outcome = self._running.conclude()
-        self.report = outcome.report
-        _raise_or_report(outcome, self._options)
-
-    def close(self) -> None:
-        """Stop the run if it has not ended; jobs in flight and queued are cancelled. Idempotent."""
-        if self._over:
-            return
-        self._over = True
-        if self._running is None:
-            return
-        self._items = []
-        self._running.driver.abandon()
-        if self._thread is not None:
-            self._thread.join()
-        else:
-            while not self._running.driver.step():
-                pass
-        self._cleanup.close()
-        self.report = self._running.conclude().report
-
-    def __enter__(self) -> ResultStream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        with contextlib.suppress(Exception):  # the interpreter may be going down
-            self.close()
-
-
-class _End:
-    """Stands for the end of a stream."""
-
-
-_END = _End()
+def _parameter_names(declared: Stage | Resource) -> Iterator[str]:
+    with contextlib.suppress(TypeError, ValueError):
+        yield from inspect.signature(declared.function).parameters
 
 
 def _sources(given: Source, what: str) -> tuple[str | Function, ...]:

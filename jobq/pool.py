@@ -138,5 +138,5 @@ class Pool:
 
 
 def recipe_name(stage: str, index: int) -> str:
-    """Return the name of the recipe for worker number *index* of *stage*: producers' differ by their shard."""
+    """Return the name of the recipe for worker *index* of *stage*: producers' differ by their shard."""
     return f"{stage}/{index}"

@@ -195,8 +195,7 @@ class Stream:
                 if self._ended:
                     return None
                 self._changed.wait()
-            block = self._pop()
-        return block
+            return self._pop()
 
     def _pop(self) -> Block:
         was_full = self.room <= 0

@@ -1,4 +1,4 @@
-"""A run from its parts: checked graph, bound parameters, recipes, backend, scheduler, driver; then its report."""
+"""A run from its parts: checked graph, parameters, recipes, backend, scheduler, driver; then its report."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from jobq.outcome import Outcome
 from jobq.report import EdgeCounts, Report
 from jobq.results import Collect, Sink
 from jobq.scheduler import Scheduler
-from jobq.stage import Shard
+from jobq.stage import Shard, describe
 from jobq.work import ResourceUse, RouteUse, StageRecipe
 
 if TYPE_CHECKING:
@@ -63,12 +63,15 @@ class Running:
     letters: Letters
     watchers: Watchers
     began: float
-    start_method: str
+    file: events.Observer | None = None
 
     def conclude(self) -> Outcome:
         """Return how the run ended; call it when the driver is through, in the caller's thread."""
         driver, codec = self.driver, self.backend.codec
         if driver.ending.level < KILL:
+            if self.file is not None:
+                for event in self.letters.decoded(codec):
+                    self.file(event)
             for cancelled in driver.cancelled:
                 for event in self.letters.cancelled(cancelled.stage, cancelled.parts, codec):
                     self.watchers.tell(event)
@@ -170,12 +173,12 @@ def prepare(
         for key, node in graph.nodes.items()
         for index in range(sizes[key])
     }
+    problems = find_by_name_problems(graph, backend_class.resolve(options.start_method))
+    if problems:
+        raise PipelineError(*problems)
     began = time.monotonic()
     backend = backend_class(Plan(recipes, options.start_method, preload, daemon))  # type: ignore[call-arg]  # a Protocol has no constructor
     try:
-        problems = find_by_name_problems(graph, backend.start_method)
-        if problems:
-            raise PipelineError(*problems)
         watchers = Watchers(list(observers))
         letters = Letters(run_id, name, target)
 
@@ -193,14 +196,12 @@ def prepare(
     except BaseException:
         backend.close()
         raise
-    running = Running(
-        run_id, name, graph, options, backend, driver, sink, letters, watchers, began, backend.start_method
-    )
+    running = Running(run_id, name, graph, options, backend, driver, sink, letters, watchers, began)
     if options.dead_letters is not None:
         from jobq.observe.dead_file import DeadLetterFile
 
-        file = DeadLetterFile(options.dead_letters, run=run_id, pipeline=name, target=target)
-        watchers.observers.append(file)
+        running.file = DeadLetterFile(options.dead_letters, run=run_id, pipeline=name, target=target)
+        watchers.observers.append(running.file)
     watchers.tell(events.RunStarted(run_id, name, backend.name, backend.start_method, tuple(graph.nodes)))
     return running
 
@@ -246,6 +247,16 @@ def _sizes(graph: Graph, options: RunOptions) -> dict[str, int]:
             sizes[name] = wanted.get(name, sizes[name])
         elif wanted is not None and node.stage.kind == "consumer":
             sizes[name] = wanted
+    alike = [
+        f"{describe(node.stage)}: {sizes[name]} workers would all give the same items;"
+        "\n  Take a parameter annotated jobq.Shard, and give only the items of that share."
+        for name, node in graph.nodes.items()
+        if node.stage.kind == "producer"
+        and sizes[name] > 1
+        and not any(binding.kind == "shard" for binding in node.signature.bindings)
+    ]
+    if alike:
+        raise PipelineError(*alike)
     return sizes
 
 

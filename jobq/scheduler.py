@@ -172,12 +172,14 @@ class Line:
     delayed: list[tuple[float, int, list[Part]]] = field(default_factory=list)
     queued: int = 0  # jobs in waiting, solo, groups and delayed
     queued_bytes: int = 0
+    resting: int = 0  # jobs in delayed
     flying: int = 0
     flying_bytes: int = 0
     promised: int = 0
     promised_bytes: int = 0
     next_number: int = 0
     oldest: float | None = None  # since when something waits for a batch to fill
+    seen_at: float = 0.0  # when something last arrived
     service: float | None = None  # seconds a job, moving average
     target: int = 1  # jobs that a chunk should have
     producing: int = 0  # workers of a producer that have not ended
@@ -202,14 +204,12 @@ class Line:
 
     @property
     def capacity(self) -> int:
-        """
-        How many jobs may be before this stage or in its workers' hands.
-
-        A chunk in hand does not wait: it is sized to be through within milliseconds, and is one job where
-        jobs are slow.
-        """
+        """How many jobs may be before this stage or in its workers' hands."""
         options = self.node.stage.consumer
-        in_hand = self.lanes * min(self.target, options.queue_size)
+        # A queue size that the user chose is meant to the letter. By default a chunk in hand counts as one
+        # job does: it is sized to be through in a few milliseconds.
+        chosen = "queue_size" in options.model_fields_set
+        in_hand = self.lanes if chosen else max(self.lanes, self.lanes * self.target)
         return max(options.queue_size, options.batch or 0) + in_hand
 
     @property
@@ -224,13 +224,18 @@ class Line:
         return limit - self.queued_bytes - self.flying_bytes - self.promised_bytes
 
     @property
+    def ready(self) -> int:
+        """How many jobs are queued and could start now."""
+        return self.queued - self.resting
+
+    @property
     def unsettled(self) -> int:
         """How many jobs are queued or in flight."""
         return self.queued + self.flying
 
 
 class Scheduler:
-    """Every stage's books, and the moves between them. `happened` and `results` are for the driver to empty."""
+    """Every stage's books, and the moves between them; the driver empties `happened` and `results`."""
 
     def __init__(self, graph: Graph, workers: dict[str, int], lanes: dict[str, int], chance: Uniform) -> None:
         self._chance = chance
@@ -329,18 +334,27 @@ class Scheduler:
         line.waiting.append(part)
         line.queued += block.count
         line.queued_bytes += block.nbytes
+        line.seen_at = now
         if line.oldest is None:
             line.oldest = now
 
     def _without_key(self, line: Line, block: Block, why: str) -> None:
         """Make a dead letter of an item whose key could not be computed."""
+        failure = Failure(0, "payload", "PayloadError", f"{line.name}(): {why}", "")
         part = Part(line.next_number, block)
         line.next_number += 1
-        self._bury(line, "", part, Failure(0, "payload", "PayloadError", f"{line.name}(): {why}", ""))
+        if line.sequencer is not None:
+            self._promise(line, 1)  # taken back when its turn has come
+        self._bury(line, "", part, failure)
 
     def put_back(self, line: Line, parts: Sequence[Part], *, solo: bool = False) -> None:
         """Queue *parts* again, before everything else, in order."""
-        (line.solo if solo else line.waiting).extendleft(reversed(parts))
+        queue = line.solo if solo else line.waiting
+        queue.extendleft(reversed(parts))
+        if line.sequencer is not None and not solo:
+            line.waiting = deque(sorted(queue, key=lambda part: part.first))
+        if line.oldest is None:
+            line.oldest = line.seen_at
         for part in parts:
             line.queued += part.block.count
             line.queued_bytes += part.block.nbytes
@@ -355,8 +369,12 @@ class Scheduler:
         if line.gives_results:
             room = min(room, self.results_room() - self._results_promised)
         if line.sequencer is not None:
-            held = line.next_number - line.queued - line.sequencer.head - line.flying
-            room = min(room, line.node.stage.consumer.queue_size - max(0, held))
+            # What a job gives is held until all before it are settled: so many may be on their way. The
+            # first of them all can always start.
+            window = max(line.node.stage.consumer.queue_size, line.lanes)
+            queue = line.solo or (line.groups[0] if line.groups else line.waiting)
+            if queue:
+                room = min(room, line.sequencer.head + window - queue[0].first)
         return max(0, room)
 
     def take(self, line: Line, worker: str, limit: int) -> Chunk | None:
@@ -507,23 +525,28 @@ class Scheduler:
             outputs, filtered = self._without_late(line, flight, answer, closed, asked - settled)
         books.done += settled - filtered
         books.filtered += filtered
-        self._landed(line, worker, flight, closed)
+        self._landed(line, worker, flight, closed, settled=True)
         if settled and answer.busy:
             self._learn(line, answer.busy / (settled + len(answer.failures)))
         self._pass_on(line, flight, outputs, closed, now)
         again = [part for failure in answer.failures for part in self._failed(line, worker, flight, failure)]
         if again:
             self._delay(line, again, now)
-        if line.sequencer is not None:
-            for output, roots in line.sequencer.release():
-                self.emit(line, output, roots, now)
+        self._release_order(line, now)
         if answer.final:
             del line.flights[worker][answer.number]
             if flight.open:  # the worker says that it is through: these were never begun
                 self._landed(line, worker, flight, flight.open)
                 self.put_back(line, flight.parts(flight.open))
 
-    def _landed(self, line: Line, worker: str, flight: Flight, ranges: Ranges) -> None:
+    def _landed(
+        self, line: Line, worker: str, flight: Flight, ranges: Ranges, *, settled: bool = False
+    ) -> None:
+        """
+        Take jobs out of flight.
+
+        What is *settled* at an ordered stage keeps its place at the takers until its turn has come.
+        """
         count = sum([high - low for low, high in ranges])
         if not count:
             return
@@ -535,7 +558,8 @@ class Scheduler:
             line.flying_bytes -= sum(part.block.nbytes for part in flight.parts(ranges))
         if not line.flying:
             line.flying_bytes = 0  # parts of scalars share their body's bytes only roughly
-        self._promise(line, -count)
+        if line.sequencer is None or not settled:
+            self._promise(line, -count)
 
     def _without_late(
         self, line: Line, flight: Flight, answer: Answer, closed: Ranges, late: int
@@ -577,7 +601,8 @@ class Scheduler:
             if sequencer is None:
                 self.emit(line, output, roots, now)
                 continue
-            for low, high in _runs(parents):
+            runs = _runs(parents) if output.parents is not None else _whole(flight, closed)
+            for low, high in runs:
                 piece = Output(
                     output.route,
                     output.block.take(low, high),
@@ -601,11 +626,11 @@ class Scheduler:
             line.books.late_failed += 1
             return []
         line.books.failed += 1
-        self._landed(line, worker, flight, closed)
         part = flight.job(failure.index)
         if line.sequencer is not None:
             line.sequencer.drop(part.first)
         delay = retry_delay(failure, part.attempt, line.node.stage.consumer, self._chance)
+        self._landed(line, worker, flight, closed, settled=delay is None)
         if delay is None:
             self._bury(line, worker, part, failure)
             return []
@@ -627,6 +652,7 @@ class Scheduler:
         for part in parts:
             line.queued += part.block.count
             line.queued_bytes += part.block.nbytes
+            line.resting += part.block.count
 
     def _bury(
         self, line: Line, worker: str, part: Part | None, failure: Failure, *, loadable: bool = True
@@ -644,79 +670,112 @@ class Scheduler:
 
     # ── workers die, jobs are taken back ─────────────────────────────────────
 
-    def lost(self, line: Line, worker: str, in_hand: Sequence[int], decoding: int | None, reason: str) -> int:
+    def lost(
+        self,
+        line: Line,
+        worker: str,
+        in_hand: Sequence[int],
+        decoding: int | None,
+        reason: str,
+        now: float,
+    ) -> int:
         """
         Put back every job that *worker* had not answered; return how many.
 
         *in_hand* are the tickets that its page shows, *decoding* the number of the chunk whose items it was
-        decoding. A single job in hand is charged with the delivery, and is a dead letter past
+        decoding. A single job (or batch) in hand is charged with the delivery, and is a dead letter past
         ``max_deliveries``. Where several can have done it, each is tried again alone, uncharged.
         """
         flights = line.flights.pop(worker, {})
         line.sent.pop(worker, None)
         line.loads.setdefault(worker, 0)
+        suspects = {
+            number: self._suspects(line, number, flight, in_hand, decoding)
+            for number, flight in flights.items()
+        }
+        several = sum(map(len, suspects.values())) > 1 and (
+            line.batch is None or sum(map(bool, suspects.values())) > 1
+        )
         back = 0
         for number, flight in sorted(flights.items(), reverse=True):
             open_ranges, flight.open = flight.open, []
             self._landed(line, worker, flight, open_ranges)
-            suspects = self._suspects(number, flight, open_ranges, in_hand, decoding)
-            if line.batch is not None and suspects:
-                back += self._charge_batch(line, worker, flight.parts(open_ranges), reason)
+            suspected = suspects[number]
+            line.books.redelivered += len(suspected)
+            if line.batch is not None:
+                back += self._batch_lost(line, worker, flight.parts(open_ranges), suspected, several, reason)
                 continue
-            alone = [index for index in suspects if len(suspects) > 1]
             for low, high in reversed(open_ranges):
-                calm = [i for i in range(low, high) if i in suspects] if suspects else []
-                clean = _gaps(low, high, calm)
+                clean = _gaps(low, high, [index for index in suspected if low <= index < high])
                 self.put_back(line, flight.parts(clean))
                 back += sum(b - a for a, b in clean)
-            line.books.redelivered += len(suspects)
-            if alone:
-                self.put_back(line, [flight.job(index) for index in alone], solo=True)
-                back += len(alone)
-            elif suspects:
-                back += self._charge(line, worker, flight.job(next(iter(suspects))), reason, decoding)
+            if several:
+                self.put_back(line, [flight.job(index) for index in suspected], solo=True)
+                back += len(suspected)
+            elif suspected:
+                back += self._charge(line, worker, flight.job(suspected[0]), reason, decoding)
         del line.loads[worker]
+        self._release_order(line, now)
         return back
 
     @staticmethod
     def _suspects(
-        number: int, flight: Flight, ranges: Ranges, in_hand: Sequence[int], decoding: int | None
+        line: Line, number: int, flight: Flight, in_hand: Sequence[int], decoding: int | None
     ) -> list[int]:
-        count = flight.chunk.count
+        """Return the indices of the jobs that can have killed the worker."""
+        indices = list(_indices(flight.open))
         if decoding == number:
-            return list(_indices(ranges))
-        held = {ticket - number for ticket in in_hand if 0 <= ticket - number < count}
-        return [index for index in _indices(ranges) if index in held] if held else []
+            return indices
+        held = {ticket - number for ticket in in_hand if 0 <= ticket - number < flight.chunk.count}
+        if line.batch is not None:
+            return indices if held else []
+        return [index for index in indices if index in held]
+
+    def _batch_lost(
+        self, line: Line, worker: str, parts: list[Part], suspected: list[int], several: bool, reason: str
+    ) -> int:
+        """Put a lost batch back: whole if its call had begun, charged if nothing else can have done it."""
+        if not parts:
+            return 0
+        if not suspected:
+            self.put_back(line, parts)
+            return sum(part.block.count for part in parts)
+        return self._charge_batch(line, worker, parts, reason, charged=not several)
 
     def _charge(self, line: Line, worker: str, part: Part, reason: str, decoding: int | None) -> int:
         """Count a delivery against the job that was in hand: queue it again, or give it up."""
         if part.delivery >= line.node.stage.consumer.max_deliveries:
-            self._bury(line, worker, part, _lost_failure(part, reason), loadable=decoding is None)
             if line.sequencer is not None:
-                self._release_order(line)
+                self._promise(line, 1)  # taken back when its turn has come
+            self._bury(line, worker, part, _lost_failure(part, reason), loadable=decoding is None)
             return 0
         self.put_back(line, [replace(part, delivery=part.delivery + 1)])
         return 1
 
-    def _charge_batch(self, line: Line, worker: str, parts: list[Part], reason: str) -> int:
+    def _charge_batch(self, line: Line, worker: str, parts: list[Part], reason: str, *, charged: bool) -> int:
         """Count a delivery against each job of a batch: the batch is tried again whole, or given up."""
-        line.books.redelivered += sum(part.block.count for part in parts)
-        if any(part.delivery >= line.node.stage.consumer.max_deliveries for part in parts):
+        if charged and any(part.delivery >= line.node.stage.consumer.max_deliveries for part in parts):
             for part in parts:
+                if line.sequencer is not None:
+                    self._promise(line, part.block.count)
                 for index in range(part.block.count):
                     self._bury(line, worker, part.take(index, index + 1), _lost_failure(part, reason))
             return 0
-        group = [replace(part, delivery=part.delivery + 1) for part in parts]
+        group = [replace(part, delivery=part.delivery + charged) for part in parts]
         line.groups.appendleft(group)
         for part in group:
             line.queued += part.block.count
             line.queued_bytes += part.block.nbytes
         return sum(part.block.count for part in group)
 
-    def _release_order(self, line: Line) -> None:
-        assert line.sequencer is not None
+    def _release_order(self, line: Line, now: float) -> None:
+        """Give on what an ordered stage need not hold any longer."""
+        if line.sequencer is None:
+            return
+        head = line.sequencer.head
         for output, roots in line.sequencer.release():
-            self.emit(line, output, roots, line.oldest or 0.0)
+            self.emit(line, output, roots, now)
+        self._promise(line, head - line.sequencer.head)
 
     def lost_producer(self, line: Line, worker: str, reason: str) -> None:
         """Count a producer's death as one dead letter of its stage; what it gave stays."""
@@ -727,15 +786,18 @@ class Scheduler:
         )
 
     def end_producer(self, line: Line, worker: str) -> None:
-        """Take a producer that was told to stop as ended."""
+        """Take a producer's worker as ended, if it was not yet; what it was granted is free again."""
         for number in list(line.grants.get(worker, {})):
             self._return_grant(line, worker, number)
-        self._has_ended(line, worker)
+        if worker not in line.ended:
+            self._has_ended(line, worker)
 
     def take_back(self, line: Line, worker: str, ticket: int) -> int:
-        """Queue again every job of *worker* from *ticket* on; the worker has been kept from beginning them."""
+        """Queue again every job of *worker* from *ticket* on; it has been kept from beginning them."""
         back = 0
         for number, flight in sorted(line.flights.get(worker, {}).items(), reverse=True):
+            if line.batch is not None and number < ticket:
+                continue  # its one call has begun
             closed = flight.close(max(0, ticket - number), flight.chunk.count)
             if closed:
                 self._landed(line, worker, flight, closed)
@@ -750,8 +812,11 @@ class Scheduler:
         """Queue the delayed jobs whose time has come."""
         while line.delayed and line.delayed[0][0] <= now:
             parts = heapq.heappop(line.delayed)[2]
+            line.resting -= sum([part.block.count for part in parts])
             if line.batch is not None:
                 line.groups.append(parts)
+            elif line.sequencer is not None:
+                line.waiting = deque(sorted([*parts, *line.waiting], key=lambda part: part.first))
             else:
                 line.waiting.extend(parts)
 
@@ -792,7 +857,7 @@ class Scheduler:
                 flight.open = []
         line.flights.clear()
         line.loads.clear()
-        line.queued = line.queued_bytes = line.flying = line.flying_bytes = 0
+        line.queued = line.queued_bytes = line.resting = line.flying = line.flying_bytes = 0
         line.books.cancelled += sum(part.block.count for part in parts)
         return parts
 
@@ -826,6 +891,15 @@ def _runs(parents: Sequence[int]) -> Iterable[tuple[int, int]]:
         if index == len(parents) or parents[index] != parents[low]:
             yield low, index
             low = index
+
+
+def _whole(flight: Flight, closed: Ranges) -> Iterable[tuple[int, int]]:
+    """Yield ``(low, high)`` of the outputs of jobs with consecutive numbers, where each job gave one."""
+    start = 0
+    for low, high in closed:
+        for _, a, b in flight.spans(low, high):
+            yield start, start + b - a
+            start += b - a
 
 
 def _before(lines: dict[str, Line]) -> dict[str, set[str]]:

@@ -109,6 +109,13 @@ class ConsumerOptions(Options):
     daemon: bool = True
     params: dict[str, Any] = Field(default_factory=dict)
 
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _no_shares_yet(cls, value: object) -> object:
+        if value == "auto":
+            raise ValueError("'auto' is not built yet, give a number")
+        return value
+
     @field_validator("retry_on", mode="before")
     @classmethod
     def _one_type_or_several(cls, value: object) -> object:

@@ -304,8 +304,9 @@ class Answer:
     Jobs of chunk ``number`` are settled, and this is what they gave: one frame, so both count or neither.
 
     ``settled`` are index ranges ``(low, high)`` of jobs that are done or filtered (the indices of the
-    filtered ones are in ``filtered`` too); failed ones are in ``failures`` alone. ``final``: the chunk is answered whole, but for jobs that were taken back. For a
-    producer ``settled`` counts items given under the grant, and ``ended`` says that there are no more.
+    filtered ones are in ``filtered`` too); failed ones are in ``failures`` alone. ``final``: the chunk is
+    answered whole, but for jobs that were taken back. For a producer ``settled`` counts items given under
+    the grant, and ``ended`` says that there are no more.
     ``notes`` are what jobs said of their progress: ``(index, done, total)``.
     """
 

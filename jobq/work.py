@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
+from operator import is_not
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from jobq.annotations import Router, Signature, Validator, read_signature, spell
@@ -25,7 +26,7 @@ from jobq.errors import PayloadError, Skip
 from jobq.failure import failure_of, refusal, safe_text
 from jobq.outbox import DONE, FAILED, FILTERED, ManyRoutes, NoTaker, OneRoute, Outbox, Packer, Piece, Tally
 from jobq.stage import Job, Resource, Shard, Stage
-from jobq.wire import SCALARS, Chunk, Codec, Grant, Order, Part, Undecodable
+from jobq.wire import SCALARS, Chunk, Codec, Failure, Grant, Order, Part, Undecodable
 
 if TYPE_CHECKING:
     from jobq.observe.log import LogSettings
@@ -80,7 +81,7 @@ class StageRecipe:
     member_routes: tuple[int, ...]
     values: Mapping[str, Any] = field(default_factory=dict)
     resources: tuple[ResourceUse, ...] = ()
-    shard: Shard = Shard(0, 1)
+    shard: Shard = field(default_factory=lambda: Shard(0, 1))
     lanes: int = 1
     flusher: bool = True
     log: LogSettings | None = None
@@ -156,7 +157,7 @@ class JsonCodec:
         from pydantic_core import to_json
 
         try:
-            return to_json(item, inf_nan_mode="constants") + b"\n"
+            return to_json(item, inf_nan_mode="null") + b"\n"
         except Exception as error:
             raise PayloadError(f"a result of {self._where} has no JSON form: {error}") from error
 
@@ -238,7 +239,8 @@ def _key(function: Function, item: Any) -> Any:
         key = function(item)
     except BaseException as error:  # user code: the taker's job is a dead letter, the giver's is fine
         return ("!", f"key raised {type(error).__name__}: {safe_text(error)}")
-    return key if isinstance(key, str) else ("!", f"key gave a {type(key).__name__}, not a str")
+    # A subclass (StrEnum) is made a plain string: keys travel in headers, which know no classes.
+    return str.__str__(key) if isinstance(key, str) else ("!", f"key gave a {type(key).__name__}, not a str")
 
 
 class Noted(Protocol):
@@ -309,6 +311,9 @@ class Caller:
         return bool(self._page[STOPPING])
 
     def _note(self, index: int, done: float | None, total: float | None) -> None:
+        done, total = (
+            value if value is None or type(value) is int else float(value) for value in (done, total)
+        )
         tally = self._tally()
         if tally is not None:
             tally.notes.append((index, done, total))
@@ -357,10 +362,8 @@ class Intake:
         }
         for index, item in enumerate(items):
             if isinstance(item, Undecodable):
-                error = item.error
-                explained[index] = (
-                    f"an item for {self._name}() could not be loaded: {type(error).__name__}: {safe_text(error)}"
-                )
+                why = f"{type(item.error).__name__}: {safe_text(item.error)}"
+                explained[index] = f"an item for {self._name}() could not be loaded: {why}"
         return explained
 
 
@@ -419,6 +422,7 @@ class Serial:
             len(recipe.routes),
             many=signature.many,
             flusher=recipe.flusher,
+            refuse=self._refuse,
         )
         self._caller = Caller(recipe, port, lambda: self._outbox.tally)
         self._awaiter = Awaiter()
@@ -434,6 +438,7 @@ class Serial:
         self._caller.prepare()
         tally = self._outbox.begin(order.number, alone=order.count == 1 and not self._recipe.signature.many)
         items, bad = self._intake.open(order)
+        tally.items = items
         if self._recipe.signature.batched:
             self._batch(order, items, bad, tally)
         elif self._plain and not bad:
@@ -492,6 +497,9 @@ class Serial:
             tally.failures.append(failure_of(index, error, item, self._retry_on))
         tally.outcomes.append(outcome)
 
+    def _refuse(self, index: int, error: BaseException, item: Any) -> Failure:
+        return failure_of(index, cannot_be_pickled(error, self._recipe), item, ())
+
     def _each(self, chunk: Chunk, items: list[Any], bad: Mapping[int, str], tally: Tally) -> None:
         page, number = self._page, chunk.number
         for index, (item, (part, offset)) in enumerate(zip(items, places(chunk), strict=True)):
@@ -531,8 +539,8 @@ class Serial:
         items = iter(given) if given is not None else iter(())
         try:
             for item in items:
-                if item is None and self._nullable:
-                    continue
+                if item is None:
+                    continue  # a generator's None is not given on
                 pieces.append(encode_carefully(self._giving, item, self._recipe))
                 if len(pieces) > HELD_OUTPUTS:
                     self._outbox.flush()
@@ -601,10 +609,12 @@ def outcome_of(error: BaseException) -> Any:
 
 def encode_carefully(giving: Giving, given: Any, recipe: StageRecipe) -> Any:
     """Return *given* as a piece; raises `PayloadError` if it can't travel."""
-    if giving.encode is None:
-        return given
     try:
-        return giving.encode(given)
+        if giving.encode is not None:
+            return giving.encode(given)
+        if isinstance(giving.packer, OneRoute) and type(given) not in SCALARS:
+            giving.packer.codec.encode(given)  # it travels as it is, or not at all
+        return given
     except BaseException as error:  # user code runs in it (__reduce__, __getstate__)
         raise cannot_be_pickled(error, recipe) from error
 
@@ -632,7 +642,12 @@ class Producer:
         self._page = port.page
         self._giving = read_giving(recipe, port.codec)
         self._outbox = Outbox(
-            port.send, self._giving.packer, len(recipe.routes), many=False, flusher=recipe.flusher
+            port.send,
+            self._giving.packer,
+            len(recipe.routes),
+            many=False,
+            flusher=recipe.flusher,
+            refuse=self._refuse,
         )
         self._caller = Caller(recipe, port, lambda: self._outbox.tally)
         self._awaiter = Awaiter()
@@ -641,6 +656,7 @@ class Producer:
         self._ended = False
         self._given = 0
         self._slice = 1
+        self._codec = port.codec
         self._size = port.codec.size
 
     def run(self, order: Order) -> None:
@@ -672,10 +688,12 @@ class Producer:
             self._items = self._awaiter.iterate(aiter(source))
         else:
             self._items = iter(source if source is not None else ())
+        if self._recipe.signature.nullable:
+            self._items = filter(partial(is_not, None), self._items)
 
     def _scalars(self, grant: Grant, tally: Tally) -> bool:
         """Give items that are their own pieces, slice by slice; return whether the producer has ended."""
-        items, page, outcomes = self._items, self._page, tally.outcomes
+        items, page, outcomes, flusher = self._items, self._page, tally.outcomes, self._outbox.flusher
         clock = time.monotonic
         flushed = clock()
         while (left := grant.count - len(outcomes)) > 0:
@@ -684,6 +702,10 @@ class Producer:
             before = len(outcomes)
             began = clock()
             wanted = min(left, self._slice)
+            if flusher is not None:
+                flusher.hold = wanted > 1
+                if before > tally.sent:
+                    flusher.arm()
             outcomes.extend(islice(items, wanted))
             now = clock()
             if now - began < SLICE_SECONDS:
@@ -692,17 +714,23 @@ class Producer:
                 self._slice //= 2
             if len(outcomes) - before < wanted:
                 return True
-            ripe = len(outcomes) - tally.sent >= page[HINT] or now - flushed > LINGER_SECONDS
-            if ripe and len(outcomes) < grant.count:  # else the grant's last answer takes them along
+            if self._is_ripe(tally, flushed, now) and len(outcomes) < grant.count:
+                if flusher is None:
+                    return False  # nobody else runs meanwhile: let those after us have what there is
                 self._outbox.flush()
                 flushed = now
         return False
 
+    def _is_ripe(self, tally: Tally, flushed: float, now: float) -> bool:
+        """Whether what was given should leave now; what ends a grant leaves with its last answer anyway."""
+        unsent = len(tally.outcomes) - tally.sent
+        return unsent >= self._page[HINT] or now - flushed > LINGER_SECONDS
+
     def _objects(self, grant: Grant, tally: Tally) -> bool:
         """Give items, each encoded at its yield; return whether the producer has ended."""
-        items, page, outcomes = self._items, self._page, tally.outcomes
+        items, page, outcomes, flusher = self._items, self._page, tally.outcomes, self._outbox.flusher
         encode, size, clock = self._giving.encode, self._size, time.monotonic
-        nbytes, flushed, nullable = 0, clock(), self._recipe.signature.nullable
+        nbytes, flushed = 0, clock()
         assert encode is not None
         while len(outcomes) < grant.count and nbytes < grant.nbytes:
             if page[LIMIT] == 0:
@@ -711,20 +739,23 @@ class Producer:
                 item = next(items)
             except StopIteration:
                 return True
-            if item is None and nullable:
-                continue
+            if item is None:
+                continue  # a generator's None is not given on
             try:
                 piece = encode(item)
             except BaseException as error:  # user code runs in it: this item's, the producer goes on
                 self._unfit(item, error, tally)
                 continue
             outcomes.append(piece)
-            nbytes += size(piece.data if type(piece) is Piece else piece) if piece is not None else 0
+            nbytes += size(piece.data if type(piece) is Piece else piece)
             now = clock()
-            ripe = len(outcomes) - tally.sent >= page[HINT] or now - flushed > LINGER_SECONDS
-            if ripe and len(outcomes) < grant.count:  # else the grant's last answer takes them along
+            if self._is_ripe(tally, flushed, now) and len(outcomes) < grant.count:
+                if flusher is None:
+                    return False
                 self._outbox.flush()
                 flushed = now
+            elif flusher is not None:
+                flusher.arm()
         return False
 
     def _unfit(self, item: Any, error: BaseException, tally: Tally) -> None:
@@ -737,22 +768,33 @@ class Producer:
         frame = getattr(self._source, "gi_frame", None) or getattr(self._source, "ag_frame", None)
         if frame is not None:
             where = f"{where.rpartition(':')[0]}:{frame.f_lineno}"
+        tally.failures.append(self._refuse(len(tally.outcomes), error, item, where))
+        tally.outcomes.append(FAILED)
+
+    def _refuse(self, index: int, error: BaseException, item: Any, where: str = "") -> Failure:
         if not isinstance(error, PayloadError):
             explained = PayloadError(
-                f"an item that {self._recipe.stage.name}() yields ({where}) cannot be pickled:"
-                f" {type(error).__name__}: {safe_text(error)}"
+                f"an item that {self._recipe.stage.name}() yields ({where or self._recipe.stage.location})"
+                f" cannot be pickled: {type(error).__name__}: {safe_text(error)}"
             )
             explained.__cause__ = error
             error = explained
-        tally.failures.append(failure_of(len(tally.outcomes), error, item, ()))
-        tally.outcomes.append(FAILED)
+        return replace(failure_of(index, error, item, ()), item=self._copy(item))
+
+    def _copy(self, item: Any) -> Any:
+        """Return *item* encoded, for its dead letter; None if it can't be."""
+        try:
+            return self._codec.encode(item)
+        except BaseException:  # user code
+            return None
 
     def close(self) -> None:
         """Close the producer (its ``finally`` blocks run), its resources and the rest."""
         try:
-            close = getattr(self._items, "close", None)
-            if close is not None:
-                close()
+            for generator in (self._items, self._source):
+                close = getattr(generator, "close", None)
+                if close is not None:
+                    close()
         finally:
             try:
                 self._caller.close()

@@ -130,6 +130,11 @@ class InlineBackend:
     name: ClassVar[str] = "inline"
     own_thread: ClassVar[bool] = False
 
+    @staticmethod
+    def resolve(asked: str) -> str:  # noqa: ARG004  # there is nothing to choose
+        """Return 'inline', whatever was asked for: no process is started."""
+        return "inline"
+
     def __init__(self, plan: Plan) -> None:
         self.codec: Codec = ReferenceCodec()
         self.start_method = "inline"

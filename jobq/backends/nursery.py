@@ -58,7 +58,7 @@ class Nursery:
         child.flush((*files, sys.stdout, sys.stderr))
         driver = os.getpid()
         with warnings.catch_warnings():
-            # Only a user who asked for "fork" by name gets here with threads running.
+            # Python 3.12 warns of any thread, also a C library's: whether to fork was decided before.
             warnings.simplefilter("ignore", DeprecationWarning)
             self.pid = os.fork()
         if self.pid == 0:

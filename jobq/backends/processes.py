@@ -13,7 +13,6 @@ import os
 import selectors
 import sys
 import threading
-import time
 import weakref
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -238,6 +237,11 @@ class ProcessBackend:
             self._launcher = Launcher(plan, self._method)
         _forget_in_children(self)
 
+    @staticmethod
+    def resolve(asked: str) -> str:
+        """Return the start method that is meant by *asked* here and now."""
+        return choose_start_method(asked)
+
     @property
     def start_method(self) -> str:
         """How workers are started in fact."""
@@ -360,22 +364,13 @@ def choose_start_method(asked: str) -> str:
 
 
 def threads_run() -> bool:
-    """Return whether this process has threads besides the calling one."""
-    if threading.active_count() > 1:
-        return True
-    # A thread that was joined may take a moment to be gone; one of a C library stays.
-    for _ in range(10):
-        if _count_tasks() <= 1:
-            return False
-        time.sleep(0.001)
-    return True
+    """
+    Return whether this process has Python threads besides the calling one.
 
-
-def _count_tasks() -> int:
-    try:
-        return len(os.listdir("/proc/self/task"))  # noqa: PTH208
-    except OSError:
-        return 1
+    Threads of C libraries don't count: those that matter (OpenBLAS, glibc's resolver) put their locks right
+    after a fork, and with numpy imported nobody could fork otherwise.
+    """
+    return threading.active_count() > 1
 
 
 @contextlib.contextmanager

@@ -141,6 +141,11 @@ class ThreadBackend:
     name: ClassVar[str] = "thread"
     own_thread: ClassVar[bool] = True
 
+    @staticmethod
+    def resolve(asked: str) -> str:  # noqa: ARG004  # there is nothing to choose
+        """Return 'thread', whatever was asked for: no process is started."""
+        return "thread"
+
     def __init__(self, plan: Plan) -> None:
         self.codec: Codec = ReferenceCodec()
         self.start_method = "thread"

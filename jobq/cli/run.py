@@ -116,7 +116,7 @@ def run(target: str, params: dict[str, str], quiet: bool, verbose: bool, **given
         to_stdout = given["output"] == Path("-")
         output_fd = _claim_stdout() if to_stdout else None
         loaded = load_target(target)
-        options = _read_options(given, loaded.pipeline._defaults, quiet=quiet, verbose=verbose)
+        options = _read_options(given, loaded.pipeline.run_options, quiet=quiet, verbose=verbose)
         outcome = _execute(loaded, options, params, output_fd)
         _conclude(outcome, options, quiet=quiet)
     flush_stdout()

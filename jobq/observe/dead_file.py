@@ -41,7 +41,7 @@ class DeadLetterFile:
         self._torn = False
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, JobDead):
+        if isinstance(event, JobDead) and not event.undecoded:
             self._write(_line(event, self._target))
         elif isinstance(event, RunEnded):
             self.close()
