@@ -154,7 +154,7 @@ class Pipeline:
         return build_graph(self._stages, self._resources, pipeline=self.name)
 
     def check(self) -> None:
-        """Find every error of definition that can be known before a run; raise one `PipelineError` with all."""
+        """Find every error of definition that shows before a run; raise one `PipelineError` with all."""
         problems: list[str] = []
         options = read_run_options(self._defaults)
         try:

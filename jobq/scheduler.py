@@ -178,6 +178,7 @@ class Line:
     promised: int = 0
     promised_bytes: int = 0
     next_number: int = 0
+    begun: int = 0  # at an ordered stage: jobs with lower numbers have been in flight
     oldest: float | None = None  # since when something waits for a batch to fill
     seen_at: float = 0.0  # when something last arrived
     service: float | None = None  # seconds a job, moving average
@@ -369,10 +370,11 @@ class Scheduler:
         if line.gives_results:
             room = min(room, self.results_room() - self._results_promised)
         if line.sequencer is not None:
-            # What a job gives is held until all before it are settled: so many may be on their way. The
-            # first of them all can always start.
+            # What a job gives is held until all before it are settled: so many may be on their way.
             window = max(line.node.stage.consumer.queue_size, line.lanes)
             queue = line.solo or (line.groups[0] if line.groups else line.waiting)
+            if queue and queue[0].first < line.begun:
+                return queue[0].block.count  # tried again: what it may give has its place already
             if queue:
                 room = min(room, line.sequencer.head + window - queue[0].first)
         return max(0, room)
@@ -412,7 +414,11 @@ class Scheduler:
         line.flying += count
         line.flying_bytes += nbytes
         line.loads[worker] = line.loads.get(worker, 0) + count
-        self._promise(line, count)
+        if line.sequencer is None:
+            self._promise(line, count)
+        elif parts[-1].first >= line.begun:
+            line.begun = parts[-1].first + parts[-1].block.count
+            self._promise(line, count)
         return chunk
 
     def _gather(self, line: Line, limit: int) -> list[Part]:
@@ -522,10 +528,10 @@ class Scheduler:
         settled = sum([high - low for low, high in closed])
         outputs, filtered = answer.outputs, len(answer.filtered)
         if settled != asked:
-            outputs, filtered = self._without_late(line, flight, answer, closed, asked - settled)
+            outputs, filtered = self._without_late(line, answer, closed, asked - settled)
         books.done += settled - filtered
         books.filtered += filtered
-        self._landed(line, worker, flight, closed, settled=True)
+        self._landed(line, worker, flight, closed)
         if settled and answer.busy:
             self._learn(line, answer.busy / (settled + len(answer.failures)))
         self._pass_on(line, flight, outputs, closed, now)
@@ -539,13 +545,12 @@ class Scheduler:
                 self._landed(line, worker, flight, flight.open)
                 self.put_back(line, flight.parts(flight.open))
 
-    def _landed(
-        self, line: Line, worker: str, flight: Flight, ranges: Ranges, *, settled: bool = False
-    ) -> None:
+    def _landed(self, line: Line, worker: str, flight: Flight, ranges: Ranges) -> None:
         """
         Take jobs out of flight.
 
-        What is *settled* at an ordered stage keeps its place at the takers until its turn has come.
+        A job of an ordered stage keeps its place at the takers until its turn has come, even if it is tried
+        again: else those that wait for it could fill the queue that it needs.
         """
         count = sum([high - low for low, high in ranges])
         if not count:
@@ -558,11 +563,11 @@ class Scheduler:
             line.flying_bytes -= sum(part.block.nbytes for part in flight.parts(ranges))
         if not line.flying:
             line.flying_bytes = 0  # parts of scalars share their body's bytes only roughly
-        if line.sequencer is None or not settled:
+        if line.sequencer is None:
             self._promise(line, -count)
 
     def _without_late(
-        self, line: Line, flight: Flight, answer: Answer, closed: Ranges, late: int
+        self, line: Line, answer: Answer, closed: Ranges, late: int
     ) -> tuple[tuple[Output, ...], int]:
         """Leave out what jobs gave that had been taken back: another worker answers for them."""
         kept = {index for low, high in closed for index in range(low, high)}
@@ -630,7 +635,7 @@ class Scheduler:
         if line.sequencer is not None:
             line.sequencer.drop(part.first)
         delay = retry_delay(failure, part.attempt, line.node.stage.consumer, self._chance)
-        self._landed(line, worker, flight, closed, settled=delay is None)
+        self._landed(line, worker, flight, closed)
         if delay is None:
             self._bury(line, worker, part, failure)
             return []
@@ -745,8 +750,6 @@ class Scheduler:
     def _charge(self, line: Line, worker: str, part: Part, reason: str, decoding: int | None) -> int:
         """Count a delivery against the job that was in hand: queue it again, or give it up."""
         if part.delivery >= line.node.stage.consumer.max_deliveries:
-            if line.sequencer is not None:
-                self._promise(line, 1)  # taken back when its turn has come
             self._bury(line, worker, part, _lost_failure(part, reason), loadable=decoding is None)
             return 0
         self.put_back(line, [replace(part, delivery=part.delivery + 1)])
@@ -756,8 +759,6 @@ class Scheduler:
         """Count a delivery against each job of a batch: the batch is tried again whole, or given up."""
         if charged and any(part.delivery >= line.node.stage.consumer.max_deliveries for part in parts):
             for part in parts:
-                if line.sequencer is not None:
-                    self._promise(line, part.block.count)
                 for index in range(part.block.count):
                     self._bury(line, worker, part.take(index, index + 1), _lost_failure(part, reason))
             return 0

@@ -75,6 +75,7 @@ class Gate:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._opened: list[int] = []
         os.mkfifo(path)
 
     def wait(self) -> None:
@@ -82,12 +83,13 @@ class Gate:
         os.close(os.open(self.path, os.O_RDONLY))
 
     def open(self) -> None:
-        """Open it for good: a writer stays until the gate is forgotten."""
-        self._fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+        """Let everybody pass, until this process ends or closes it."""
+        self._opened.append(os.open(self.path, os.O_RDWR | os.O_CLOEXEC))
 
     def close(self) -> None:
-        """Forget it."""
-        os.close(self._fd)
+        """Give back what this process needed to open it."""
+        while self._opened:
+            os.close(self._opened.pop())
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ PATIENCE = 30
 REAPING = 5
 
 
-class NurseryLost(Exception):  # noqa: N818  # not an error where another can be forked
+class NurseryLost(Exception):
     """The process that forks workers is gone, and its workers with it."""
 
 
