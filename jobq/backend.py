@@ -193,7 +193,7 @@ class Backend(Protocol):
     Starts workers. Made by calling its class with a `Plan`; raises `BackendUnavailable` where it can't work.
 
     ``own_thread``: the driver may run in a thread of its own. False for a backend that runs jobs in the
-    thread that waits for them.
+    thread that waits for them; its ``interrupt()`` is then called from signal handlers.
     """
 
     name: ClassVar[str]
@@ -212,6 +212,10 @@ class Backend(Protocol):
     @property
     def start_method(self) -> str:
         """How workers are started in fact ("fork", "forkserver", "spawn", "thread", "inline")."""
+        ...
+
+    def interrupt(self) -> None:
+        """Raise `Interrupted` if user code is running in this very thread."""
         ...
 
     def start(self, name: str, recipe: str) -> Worker:

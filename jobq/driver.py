@@ -103,6 +103,9 @@ class Driver:
         self._selector.register(self._wake_read, selectors.EVENT_READ, None)
         self._closing = False
         self._abandoned = False
+        self._anybody_came_up = False
+        # Where jobs run in this very thread, what is given out ahead only keeps others from their turn.
+        self._ahead = 2 if backend.own_thread else 1
         self._hopeless = False  # a killed worker does not go away: it is left to the backend
         self._requested: list[int] = []
         self._checks: dict[str, float] = {}
@@ -119,6 +122,16 @@ class Driver:
     def wake_fd(self) -> int:
         """A non-blocking descriptor that wakes the loop when a byte is written to it."""
         return self._wake_write
+
+    @property
+    def stops(self) -> int:
+        """How often the run was asked to stop."""
+        return self.ending.level + len(self._requested)
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether the run was stopped because nobody wants what was still to come."""
+        return self._abandoned
 
     def wake(self) -> None:
         """Make the loop look again. Safe from any thread and from signal handlers."""
@@ -170,10 +183,10 @@ class Driver:
         now = time.monotonic()
         while self._requested:
             self._escalate(self._requested.pop(0), now)
+        self._watch_sink()
         if self._abandoned and self.ending.level < STOP:
             self.ending.level = STOP
             self._stop_now()
-        self._watch_sink()
         if self.ending.level or self.ending.halted:
             self._press(now)
         if not self._closing:
@@ -248,7 +261,7 @@ class Driver:
                 if isinstance(said, Answer):
                     self._settle(line, member, said)
                 elif isinstance(said, Hello):
-                    member.ready = True
+                    member.ready = self._anybody_came_up = True
                     member.worker.page[HINT] = self._hint(line)
             self._watch(member)
         except EndOfChannel:
@@ -341,7 +354,7 @@ class Driver:
         limit = 0 if line.is_producer else line.node.stage.consumer.max_deliveries
         deliveries = (in_hand[0].delivery + 1, limit) if len(in_hand) == 1 else ()
         self._forget(member)
-        back, stopped = 0, self.ending.killed
+        back, stopped = 0, self.ending.killed or self.stops >= STOP
         if line.is_producer:
             self._lost_producer(line, name, reason)
         elif stopped:  # by us: nobody is to blame
@@ -354,8 +367,10 @@ class Driver:
             )
         self._report_happenings()
         self._pass_results()
-        if not line.is_producer and not self._closing:
-            self._replace(pool, member, reason)
+        if not self._closing and not member.ready and not self._anybody_came_up:
+            self._give_up(f"stage {line.name}: the first worker ended before it was ready: {reason}")
+        elif not line.is_producer and not self._closing:
+            self._replace(pool, member, reason, blameless=not tickets and decoding is None)
 
     def _lost_producer(self, line: Line, name: str, reason: str) -> None:
         if name in line.ended or self.ending.level or self.ending.halted or self.ending.killed:
@@ -363,8 +378,8 @@ class Driver:
         else:
             self.scheduler.lost_producer(line, name, reason)
 
-    def _replace(self, pool: Pool, member: Member, reason: str) -> None:
-        deaths = pool.died()
+    def _replace(self, pool: Pool, member: Member, reason: str, *, blameless: bool) -> None:
+        deaths = pool.died() if blameless else 0
         if deaths >= CRASH_LIMIT:
             self._give_up(
                 f"stage {pool.line.name}: {deaths} workers in a row ended before they finished a job;"
@@ -396,8 +411,10 @@ class Driver:
                 else:
                     self._give_chunks(pool)
             self._rebalance(pool, now)
+        if self.ending.level or (self._ahead == 1 and any(pool.line.flying for pool in self._consumers)):
+            return
         for pool in self._producers:
-            if pool.line.producing and not self.ending.level:
+            if pool.line.producing:
                 self._grant(pool)
 
     def _give_chunks(self, pool: Pool) -> None:
@@ -411,6 +428,8 @@ class Driver:
             if not share:
                 return
             self._send(line, member, min(target, share))
+        if self._ahead == 1:
+            return
         # A second chunk lets a worker go on without a pause, but must not be a crumb.
         if line.ready < max(1, target // 2) and not (line.ready and self.scheduler.upstream_quiet(line)):
             return
@@ -451,7 +470,7 @@ class Driver:
         for member in pool.members:
             if not member.ready or member.worker.name in line.ended:
                 continue
-            while len(line.grants.get(member.worker.name, ())) < 2:
+            while len(line.grants.get(member.worker.name, ())) < self._ahead:
                 grant = self.scheduler.grant(line, member.worker.name)
                 if grant is None:
                     break
@@ -580,6 +599,10 @@ class Driver:
     def _watch_sink(self) -> None:
         sink = self.sink
         sink.flush()
+        if sink.broken is not None and not self._abandoned:
+            self._abandoned = True  # nobody can have what is still to come
+            if sink.broken:
+                self.ending.gave_up = f"results can't be written: {sink.broken}"
         wanted = sink.waitable
         if wanted is self._sink_watched:
             return

@@ -139,6 +139,10 @@ class Skip(Control):
         self.reason = reason
 
 
+class Interrupted(BaseException):
+    """A stop that gets through the job in hand, where jobs run in the thread that waits for them."""
+
+
 class EndOfChannel(Exception):
     """The other side ended cleanly: not an error."""
 

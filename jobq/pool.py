@@ -110,7 +110,11 @@ class Pool:
         self.members.remove(member)
 
     def died(self) -> int:
-        """Count a death; return how many there were in a row without a job finished between them."""
+        """
+        Count a death with no job in hand; return how many came in a row without a job finished between.
+
+        Deaths with a job in hand end by themselves, at the job's ``max_deliveries``.
+        """
         books = self.line.books
         settled = books.done + books.filtered + books.dead + books.retried
         self._deaths = self._deaths + 1 if settled == self._settled_at_death else 1

@@ -41,6 +41,11 @@ class Sink(Protocol):
         """What to wait for before calling `flush`, while something is left to write."""
         ...
 
+    @property
+    def broken(self) -> str | None:
+        """Why nothing more can be written ("": the reader has gone); None: all is well."""
+        ...
+
     def flush(self) -> None:
         """Write what can be written without waiting."""
         ...
@@ -52,6 +57,7 @@ class Discard:
     kind: Literal["items", "json", "count"] = "count"
     room = 1 << 40
     waitable: Waitable | None = None
+    broken: str | None = None
 
     def put(self, stage: str, block: Block) -> None:
         """Forget it."""
@@ -66,6 +72,7 @@ class Collect:
     kind: Literal["items", "json", "count"] = "items"
     room = 1 << 40
     waitable: Waitable | None = None
+    broken: str | None = None
 
     def __init__(self) -> None:
         self.blocks: list[Block] = []
@@ -82,7 +89,7 @@ class JsonLines:
     """
     Results are written to a descriptor as JSON lines, which the workers made.
 
-    ``closed`` says that nobody reads any more (`EPIPE`), ``problem`` what else went wrong.
+    Nothing is written any more once it is ``broken``.
     """
 
     kind: Literal["items", "json", "count"] = "json"
@@ -94,12 +101,11 @@ class JsonLines:
         self._items: deque[int] = deque()
         self._waiting = 0
         self._waitable = Waitable(fd, selectors.EVENT_WRITE)
-        self.closed = False
-        self.problem: OSError | None = None
+        self.broken: str | None = None
 
     def put(self, stage: str, block: Block) -> None:  # noqa: ARG002  # all results are alike
         """Write it now as far as the reader takes it, the rest later."""
-        if not isinstance(block, PackedObjects) or self.closed or self.problem:
+        if not isinstance(block, PackedObjects) or self.broken is not None:
             return
         self._pending.append(memoryview(block.body))
         self._items.append(block.count)
@@ -132,8 +138,7 @@ class JsonLines:
                     self._pending.popleft()
                     self._waiting -= self._items.popleft()
         except OSError as error:
-            self.closed = error.errno == errno.EPIPE
-            self.problem = None if self.closed else error
+            self.broken = "" if error.errno == errno.EPIPE else error.strerror or str(error)
             self._pending.clear()
             self._items.clear()
             self._waiting = 0
@@ -154,6 +159,7 @@ class Stream:
 
     kind: Literal["items", "json", "count"] = "items"
     waitable: Waitable | None = None
+    broken: str | None = None
 
     def __init__(self) -> None:
         self._blocks: deque[Block] = deque()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobq import backends, events
 from jobq.backend import Backend, Plan, Preload
-from jobq.driver import KILL, Driver
+from jobq.driver import KILL, STOP, Driver
 from jobq.errors import PipelineError
 from jobq.graph import Edge, Graph, Node, Route, bind, find_by_name_problems
 from jobq.inputs import NAME, input_stage
@@ -68,7 +68,7 @@ class Running:
     def conclude(self) -> Outcome:
         """Return how the run ended; call it when the driver is through, in the caller's thread."""
         driver, codec = self.driver, self.backend.codec
-        if driver.ending.level < KILL:
+        if driver.ending.level < KILL and not driver.abandoned:
             if self.file is not None:
                 for event in self.letters.decoded(codec):
                     self.file(event)
@@ -80,7 +80,7 @@ class Running:
         self.watchers.tell(events.RunEnded(self.id, seconds, counts))
         ending, imbalance = driver.ending, driver.imbalance()
         stopped = ending.signal if ending.level and ending.interrupted else None
-        closed = bool(getattr(self.sink, "closed", False))
+        closed = self.sink.broken == ""
         report = Report(
             run=self.id,
             pipeline=self.name,
@@ -119,6 +119,8 @@ class Running:
 
         def climb(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  # the handler's form
             self.driver.request_stop(number)
+            if self.driver.stops >= STOP and not self.backend.own_thread:
+                self.backend.interrupt()
 
         before = {}
         for number in STOP_SIGNALS:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from jobq.annotations import Router, Signature, Validator, read_signature, spell
 from jobq.backend import DECODING, HINT, IDLE, LANES, LIMIT, STOPPING, Port, Work
-from jobq.errors import PayloadError, Skip
+from jobq.errors import Interrupted, PayloadError, Skip
 from jobq.failure import failure_of, refusal, safe_text
 from jobq.outbox import DONE, FAILED, FILTERED, ManyRoutes, NoTaker, OneRoute, Outbox, Packer, Piece, Tally
 from jobq.stage import Job, Resource, Shard, Stage
@@ -485,6 +485,8 @@ class Serial:
                         else:
                             append(given if encode is None else encode(given))
                 return
+            except Interrupted:
+                raise
             except BaseException as error:  # the job's, whatever it is
                 if given is not unset:
                     error = cannot_be_pickled(error, self._recipe)
@@ -513,6 +515,8 @@ class Serial:
             try:
                 job = self._caller.job(part, index, offset) if self._caller.wants_job else {}
                 tally.outcomes.append(self._outcome(index, self._caller.function(item, **job)))
+            except Interrupted:
+                raise
             except BaseException as error:  # the job's, whatever it is
                 self._failed(index, error, item, tally)
 
@@ -575,6 +579,8 @@ class Serial:
                 if self._recipe.signature.many:
                     outcomes = [[] if outcome is DONE else outcome for outcome in outcomes]
                 outcomes[last] = given
+        except Interrupted:
+            raise
         except Skip:
             outcomes = [FILTERED if outcome is DONE else outcome for outcome in outcomes]
         except BaseException as error:  # the job's, whatever it is
@@ -671,6 +677,8 @@ class Producer:
                 self._start()
             give = self._scalars if self._giving.encode is None else self._objects
             self._ended = give(order, tally)
+        except Interrupted:
+            raise
         except BaseException as error:  # the producer's, whatever it is
             self._ended = True
             tally.failures.append(failure_of(-1, error, None, ()))

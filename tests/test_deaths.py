@@ -1,5 +1,7 @@
 """Workers die at any instant: nothing is lost, by the evidence of the files that jobs write."""
 
+# ruff: noqa: ARG001  # jobs take items, resources and jobs that they need not look at
+
 from __future__ import annotations
 
 import os
@@ -198,13 +200,20 @@ def test_a_poison_job_is_a_dead_letter_after_exactly_max_deliveries(
     assert [line for line in notes.lines() if line.startswith("d")] == [
         f"delivery {n + 1}" for n in range(deliveries)
     ]
-    assert (letter.item, letter.error, letter.deliveries, letter.stage) == (30, "WorkerLost", deliveries, "work")
+    assert (letter.item, letter.error, letter.deliveries, letter.stage) == (
+        30,
+        "WorkerLost",
+        deliveries,
+        "work",
+    )
     assert "SIGKILL" in letter.message
     assert sorted(report.results) == [i for i in range(60) if i != 30]
     assert counts(report, "work") == (60, 59, 0, 1)
 
 
-def test_jobs_beside_a_poison_job_in_one_worker_are_not_charged(backend: str, notes: Notes, gate: Gate) -> None:
+def test_jobs_beside_a_poison_job_in_one_worker_are_not_charged(
+    backend: str, notes: Notes, gate: Gate
+) -> None:
     pipeline = ints(3)
 
     @pipeline.consumer(concurrency=3, max_deliveries=1)
@@ -261,7 +270,9 @@ def test_an_item_that_kills_whoever_loads_it_is_a_dead_letter_that_nobody_loads(
     assert (letter.stage, letter.error, letter.deliveries) == ("take", "WorkerLost", 2)
 
 
-def test_a_batch_that_kills_its_worker_dies_item_by_item_and_the_rest_goes_on(backend: str, notes: Notes) -> None:
+def test_a_batch_that_kills_its_worker_dies_item_by_item_and_the_rest_goes_on(
+    backend: str, notes: Notes
+) -> None:
     pipeline = ints(9)
 
     @pipeline.consumer(batch=3, batch_timeout=20.0, max_deliveries=2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from itertools import permutations
+from itertools import pairwise, permutations
 
 import pytest
 
@@ -115,7 +115,7 @@ def test_nothing_is_released_twice() -> None:
 def test_any_order_of_runs_and_gaps_comes_out_sorted(seed: int) -> None:
     chance = random.Random(seed)
     edges = sorted({0, 60, *chance.sample(range(1, 60), 15)})
-    runs = list(zip(edges, edges[1:], strict=False))
+    runs = list(pairwise(edges))
     chance.shuffle(runs)
     sequencer: Sequencer[int] = Sequencer()
     out: list[int] = []

@@ -91,6 +91,8 @@ def test_asking_counts_as_a_retry() -> None:
 
 
 def test_every_delay_is_a_finite_number_of_seconds() -> None:
-    delays = [backoff_seconds(options(), attempt, chance) for attempt in range(1, 80) for chance in (LOW, HIGH)]
+    delays = [
+        backoff_seconds(options(), attempt, chance) for attempt in range(1, 80) for chance in (LOW, HIGH)
+    ]
 
     assert all(math.isfinite(delay) and delay >= 0 for delay in delays)

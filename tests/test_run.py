@@ -1,5 +1,7 @@
 """A pipeline from end to end, on every backend: the same functions, the same report."""
 
+# ruff: noqa: ARG001  # jobs take items, resources and jobs that they need not look at
+
 from __future__ import annotations
 
 import asyncio
@@ -202,7 +204,11 @@ def test_every_item_goes_through_and_results_come_back(backend: str) -> None:
 
     assert sorted(report.results) == [i * i for i in range(1000)]
     assert counts(report, "square") == (1000, 1000, 0, 0)
-    assert (report.ok, report.stages["numbers"].received, report.stages["square"].emitted) == (True, 1000, 1000)
+    assert (report.ok, report.stages["numbers"].received, report.stages["square"].emitted) == (
+        True,
+        1000,
+        1000,
+    )
 
 
 def test_objects_go_through_three_stages(backend: str) -> None:
@@ -940,9 +946,13 @@ def test_a_job_may_reject_skip_or_ask_for_another_try(backend: str) -> None:
     assert [(letter.error, letter.message) for letter in report.dead] == [("Reject", "not this one")]
 
 
-@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit(), BaseException("bare")], ids=repr)
+@pytest.mark.parametrize(
+    "error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit(), BaseException("bare")], ids=repr
+)
 @pytest.mark.parametrize("concurrency", [1, 2])
-def test_whatever_a_job_raises_is_its_own_failure(backend: str, error: BaseException, concurrency: int) -> None:
+def test_whatever_a_job_raises_is_its_own_failure(
+    backend: str, error: BaseException, concurrency: int
+) -> None:
     pipeline = ints(5)
 
     @pipeline.consumer(concurrency=concurrency)
@@ -1038,7 +1048,9 @@ def test_unchecked_a_run_returns_its_report_whatever_failed(backend: str) -> Non
     assert (report.ok, len(report.dead)) == (False, 2)
 
 
-def test_a_producer_that_raises_half_way_is_one_dead_letter_and_what_it_gave_is_finished(backend: str) -> None:
+def test_a_producer_that_raises_half_way_is_one_dead_letter_and_what_it_gave_is_finished(
+    backend: str,
+) -> None:
     pipeline = ints(20)
 
     @pipeline.producer
@@ -1189,7 +1201,9 @@ def test_an_item_that_can_not_be_pickled_is_a_dead_letter_of_its_producer(
 @pytest.mark.parametrize("annotated", [int, object], ids=["scalar", "object"])
 @pytest.mark.parametrize("where", ["producer", "consumer", "generator"])
 @pytest.mark.parametrize("name", PROCESSES)
-def test_one_output_that_can_not_be_pickled_costs_no_other_item(name: str, where: str, annotated: Any) -> None:
+def test_one_output_that_can_not_be_pickled_costs_no_other_item(
+    name: str, where: str, annotated: Any
+) -> None:
     pipeline = Pipeline("test")
 
     def things() -> Iterator[Any]:
@@ -1239,7 +1253,6 @@ def test_an_item_that_fails_to_load_is_a_dead_letter_of_its_taker(name: str) -> 
     ("wanted", "wrong", "says"),
     [
         (int, "text", "int"),
-        (int, True, "bool"),
         (float, "1.0", "float"),
         (Animal, Page(url="x"), "Animal"),
         (Animal, Animal(name=5), "name"),  # type: ignore[arg-type]  # the error under test
@@ -1267,9 +1280,6 @@ def test_an_item_of_the_wrong_type_is_a_dead_letter_that_is_never_retried(
 
         report = run(pipeline, name)
 
-        if wanted is int and wrong is True:
-            assert report.results in ([1], [])
-            continue
         (letter,) = report.dead
         assert (letter.stage, letter.error, letter.attempts) == ("take", "PayloadError", 1)
         assert says in letter.message
@@ -1278,12 +1288,10 @@ def test_an_item_of_the_wrong_type_is_a_dead_letter_that_is_never_retried(
 
 @pytest.mark.parametrize(
     ("wanted", "item"),
-    [(float, 1), (Any, object), (Animal, Dog("rex")), (list[float], [1, 2.0]), (Page | None, Page(url="x"))],
+    [(float, 1), (Any, object), (Animal, Dog("rex")), (list[float], [1, 2.0]), (Page, Page(url="x"))],
     ids=str,
 )
 def test_validation_judges_and_does_not_convert(wanted: Any, item: Any) -> None:
-    if wanted == Page | None:
-        wanted = Page
     for name in ONE_OF_EACH:
         pipeline = Pipeline("test")
 
@@ -1627,7 +1635,7 @@ def test_what_a_job_prints_and_leaves_in_a_buffer_is_not_lost(tmp_path: Path) ->
         "def show(i: int) -> None: print('job', i)\n"
         "if __name__ == '__main__': p.run(backend=sys.argv[1])\n"
     )
-    for name in BACKENDS:
+    for name in ONE_OF_EACH:
         told = subprocess.run(
             [sys.executable, str(script), name], capture_output=True, text=True, timeout=30, check=True
         )

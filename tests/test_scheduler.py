@@ -6,6 +6,7 @@ import random
 from array import array
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -61,8 +62,8 @@ def batched(items: list[int]) -> int:
     return len(items)
 
 
-def declare(*consumers: Any, workers: int = 1) -> Pipeline:
-    """Return a pipeline of one producer of ints (as many workers) and *consumers*: functions, with options."""
+def declare(*consumers: Any) -> Pipeline:
+    """Return a pipeline of one producer of ints and *consumers*: functions, with options."""
     pipeline = Pipeline("fake")
     pipeline.producer(give, name="give")
     for number, (function, options) in enumerate(consumers):
@@ -288,7 +289,7 @@ def test_chunks_start_at_one_job_and_grow_while_jobs_are_fast() -> None:
         sizes.append(world["c0"].target)
 
     assert sizes[0] == 1
-    assert all(small <= large <= 4 * small for small, large in zip(sizes, sizes[1:], strict=False))
+    assert all(small <= large <= 4 * small for small, large in pairwise(sizes))
     assert sizes[-1] == CHUNK_JOBS
 
 
@@ -958,10 +959,10 @@ class Walk:
         for number in range(chance.randint(1, 3)):
             kind, name = chance.choice(("one", "ordered", "many", "batch", "loop")), f"c{number}"
             self.kinds[name] = kind
-            function: Callable[..., Any] = {"many": many, "batch": batched, "loop": many}.get(kind, one)
+            functions: dict[str, Callable[..., Any]] = {"many": many, "batch": batched, "loop": many}
             options: dict[str, Any] = {"batch": chance.randint(1, 4)} if kind == "batch" else {}
             pipeline.consumer(
-                function,
+                functions.get(kind, one),
                 name=name,
                 source=[*sources, name] if kind == "loop" else sources,
                 workers=chance.randint(1, 3),
@@ -1049,9 +1050,7 @@ class Walk:
         given = [flight.job(index).first for index in parents]  # each output says which job it is from
         out = outputs(*given, parents=parents) if parents else ()
         self.emitted[worker.stage] += len(parents)
-        failures = tuple(
-            failure(index, fate) for index, fate in worker.ended if fate in ("error", "reject")
-        )
+        failures = tuple(failure(index, fate) for index, fate in worker.ended if fate in ("error", "reject"))
         answer = Answer(
             chunk.number,
             final,
@@ -1131,12 +1130,15 @@ class Walk:
             self.check_limits(name, line)
 
     def check_limits(self, name: str, line: Line) -> None:
-        strict = all(
-            self.kinds[source] in ("give", "one", "ordered", "batch") for source in line.before
-        ) and self.kinds[name] != "loop"
+        strict = (
+            all(self.kinds[source] in ("give", "one", "ordered", "batch") for source in line.before)
+            and self.kinds[name] != "loop"
+        )
         if strict:
             queue = max(line.node.stage.consumer.queue_size, line.batch or 0)
-            assert line.queued + line.flying <= queue + self.sizes[name], f"{name}: more than its queue holds {self.kinds}"
+            assert line.queued + line.flying <= queue + self.sizes[name], (
+                f"{name}: more than its queue holds {self.kinds}"
+            )
 
     def check_end(self) -> None:
         lines = self.scheduler.lines
@@ -1159,9 +1161,9 @@ def test_a_random_walk_loses_nothing_and_ends(seed: int) -> None:
     order: dict[str, list[int]] = defaultdict(list)
     emit = walk.scheduler.emit
 
-    def noting(line: Line, output: Output, *rest: Any) -> None:
+    def noting(line: Line, output: Output, roots: tuple[int, ...] | None, now: float) -> None:
         order[line.name] += decode(output.block)
-        emit(line, output, *rest)
+        emit(line, output, roots, now)
 
     walk.scheduler.emit = noting  # type: ignore[method-assign]  # to see in which order outputs leave
 

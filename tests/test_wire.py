@@ -306,7 +306,9 @@ def test_a_part_of_a_part_keeps_numbers_keys_roots_and_tries() -> None:
 
 
 def test_a_failure_tells_its_text_even_if_its_exception_can_not_be_loaded() -> None:
-    sent = Answer(0, True, failures=(Failure(0, "error", "E", "text", "tb", exception=pickle.dumps(Refuses())),))
+    sent = Answer(
+        0, True, failures=(Failure(0, "error", "E", "text", "tb", exception=pickle.dumps(Refuses())),)
+    )
 
     got = through_frame(sent)
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from jobq.backend import Page, Plan, Recipe, Waitable, Work, blank_page, page_words
 from jobq.backends.channel import Bell
-from jobq.errors import BrokenChannel, EndOfChannel
+from jobq.errors import BrokenChannel, EndOfChannel, Interrupted
 from jobq.wire import Answer, Bye, Codec, Hello, Order, ReferenceCodec, Said
 
 
@@ -48,6 +48,7 @@ class InlineWorker:
         self._end: EndOfChannel | BrokenChannel | None = None
         self._raised = False
         self.released = False
+        self.working = False
         self._bell = Bell()  # readable while there is something to do or to hear
         self._bell.ring()
         self._waitables = (Waitable(self._bell.fd, selectors.EVENT_READ),)
@@ -104,6 +105,7 @@ class InlineWorker:
 
     def _step(self) -> None:
         """Do one thing: open, one order, or close."""
+        self.working = True
         try:
             if self._work is None:
                 self._work = self._recipe.open(self._port)
@@ -116,8 +118,12 @@ class InlineWorker:
                 self._finish(None)
         except KeyboardInterrupt:
             raise
+        except Interrupted:
+            self._finish("was stopped")
         except BaseException:  # as in a process of its own: whatever leaves here, the worker can't work
             self._finish(traceback.format_exc())
+        finally:
+            self.working = False
 
     def _finish(self, problem: str | None) -> None:
         self._port.said.append(Bye(problem))
@@ -140,6 +146,11 @@ class InlineBackend:
         self.start_method = "inline"
         self._plan = plan
         self._workers: list[InlineWorker] = []
+
+    def interrupt(self) -> None:
+        """Raise `Interrupted` if a job is running in this thread: for signal handlers."""
+        if any(worker.working for worker in self._workers):
+            raise Interrupted
 
     def start(self, name: str, recipe: str) -> InlineWorker:
         """Make a worker for a recipe of the plan; it opens when the driver first waits for it."""

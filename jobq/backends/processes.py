@@ -251,6 +251,9 @@ class ProcessBackend:
     def make_inbox(self) -> Inbox:
         """Return an empty inbox."""
 
+    def interrupt(self) -> None:
+        """Do nothing: no user code runs in the driver's thread."""
+
     def start(self, name: str, recipe: str) -> ProcessWorker:
         """
         Start a worker; don't wait for its `Hello`.

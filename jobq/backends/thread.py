@@ -152,6 +152,9 @@ class ThreadBackend:
         self._plan = plan
         self._workers: list[ThreadWorker] = []
 
+    def interrupt(self) -> None:
+        """Do nothing: no user code runs in the driver's thread."""
+
     def start(self, name: str, recipe: str) -> ThreadWorker:
         """Start a thread for a recipe of the plan."""
         worker = ThreadWorker(name, self._plan.recipes[recipe])
