@@ -153,8 +153,8 @@ class Stream:
     """
     Results are handed to another thread, which takes them block by block.
 
-    When the reader is slow, `room` shrinks and the driver starts no job that gives results; *wake* is
-    called when there is room again.
+    When the reader is slow, `room` shrinks and the driver starts no job that gives results. Whoever asked
+    for the room while something waited is woken (`wake`) by the reader's next step.
     """
 
     kind: Literal["items", "json", "count"] = "items"
@@ -166,6 +166,7 @@ class Stream:
         self._waiting = 0
         self._changed = threading.Condition()
         self._ended = False
+        self._asked = False
         self.wake: Callable[[], None] = lambda: None
 
     def put(self, stage: str, block: Block) -> None:  # noqa: ARG002  # all results are alike
@@ -178,7 +179,9 @@ class Stream:
     @property
     def room(self) -> int:
         """How many more results are welcome."""
-        return RESULTS_SIZE - self._waiting
+        with self._changed:
+            self._asked = self._waiting > 0
+            return RESULTS_SIZE - self._waiting
 
     def flush(self) -> None:
         """Nothing is left to write."""
@@ -204,10 +207,10 @@ class Stream:
             return self._pop()
 
     def _pop(self) -> Block:
-        was_full = self.room <= 0
         block = self._blocks.popleft()
         self._waiting -= block.count
-        if was_full and self.room > 0:
+        if self._asked:
+            self._asked = False
             with contextlib.suppress(OSError):  # the run ended meanwhile
                 self.wake()
         return block

@@ -718,13 +718,13 @@ class Producer:
             now = clock()
             if now - began < SLICE_SECONDS:
                 self._slice = min(self._slice * 2, 1024)
-            elif self._slice > 1:
-                self._slice //= 2
+            else:
+                self._slice = 1
             if len(outcomes) - before < wanted:
                 return True
+            if flusher is None:
+                return False  # nobody else runs meanwhile: let those after us have these first
             if self._is_ripe(tally, flushed, now) and len(outcomes) < grant.count:
-                if flusher is None:
-                    return False  # nobody else runs meanwhile: let those after us have what there is
                 self._outbox.flush()
                 flushed = now
         return False
@@ -738,7 +738,7 @@ class Producer:
         """Give items, each encoded at its yield; return whether the producer has ended."""
         items, page, outcomes, flusher = self._items, self._page, tally.outcomes, self._outbox.flusher
         encode, size, clock = self._giving.encode, self._size, time.monotonic
-        nbytes, flushed = 0, clock()
+        nbytes, flushed, began = 0, clock(), clock()
         assert encode is not None
         while len(outcomes) < grant.count and nbytes < grant.nbytes:
             if page[LIMIT] == 0:
@@ -757,9 +757,9 @@ class Producer:
             outcomes.append(piece)
             nbytes += size(piece.data if type(piece) is Piece else piece)
             now = clock()
+            if flusher is None and now - began > SLICE_SECONDS:
+                return False  # nobody else runs meanwhile: let those after us have these first
             if self._is_ripe(tally, flushed, now) and len(outcomes) < grant.count:
-                if flusher is None:
-                    return False
                 self._outbox.flush()
                 flushed = now
             elif flusher is not None:
