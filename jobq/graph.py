@@ -9,7 +9,9 @@ type; if there is none, it is a result.
 from __future__ import annotations
 
 import difflib
+import os
 import pickle
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -552,6 +554,7 @@ def find_by_name_problems(graph: Graph, start_method: str) -> list[str]:
         for what, thing in things.items():
             try:
                 pickle.dumps(thing)
+                _refuse_unnamed_main(thing)
             except Exception as error:  # pickle raises several kinds, and runs user code
                 problems.append(
                     f"{describe(declared)}: {what} can't be found by name in a worker under "
@@ -559,6 +562,13 @@ def find_by_name_problems(graph: Graph, start_method: str) -> list[str]:
                     f"start_method='fork'."
                 )
     return problems
+
+
+def _refuse_unnamed_main(thing: Any) -> None:
+    """Raise if *thing* is of a ``__main__`` that no child can load (``python -c``, standard input)."""
+    file = getattr(sys.modules["__main__"], "__file__", None)
+    if getattr(thing, "__module__", None) == "__main__" and not (file and os.path.exists(file)):  # noqa: PTH110
+        raise pickle.PicklingError("the main program is not a file")
 
 
 # ── pictures ─────────────────────────────────────────────────────────────────

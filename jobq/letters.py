@@ -9,7 +9,7 @@ from typing import Any
 
 from jobq.errors import JobqError, PayloadError, TimeLimitExceeded, WorkerLost
 from jobq.events import JobDead
-from jobq.failure import json_text, safe_repr
+from jobq.failure import json_text, safe_repr, safe_text
 from jobq.report import DeadLetter
 from jobq.scheduler import Dead
 from jobq.wire import Codec, Failure, PackedObjects, PackedScalars, Part, References, Undecodable
@@ -131,6 +131,15 @@ def rebuild(failure: Failure, stage: str, part: Part | None) -> Exception:
         error = known.get(failure.error, JobqError)(f"stage {stage}, {what}: {prefix}{failure.message}")
     if failure.traceback:
         error.__cause__ = RemoteTraceback(failure.traceback)
+    return error
+
+
+def cannot_be_loaded(item: Undecodable) -> PayloadError:
+    """Return the error for a result that was made, but can't be loaded here."""
+    error = PayloadError(
+        f"a result could not be loaded: {type(item.error).__name__}: {safe_text(item.error)}"
+    )
+    error.__cause__ = item.error
     return error
 
 

@@ -16,7 +16,7 @@ class Outcome:
 
     ``signal``: stopped by that signal with work unfinished. ``gave_up``: why it could not go on.
     ``unbalanced``: how the books differ. ``stdout_closed``: nobody reads the output any more.
-    ``exceptions``: those of the first dead jobs.
+    ``exceptions``: those of the first dead jobs. ``unloadable``: results that were made and can't be loaded.
     """
 
     report: Report
@@ -25,3 +25,4 @@ class Outcome:
     unbalanced: str | None = None
     stdout_closed: bool = False
     exceptions: tuple[Exception, ...] = ()
+    unloadable: tuple[Exception, ...] = ()

@@ -336,6 +336,8 @@ def _raise_or_report(outcome: Outcome, options: RunOptions) -> Report:
         raise KeyboardInterrupt
     if outcome.gave_up is not None:
         raise RunFailed(outcome.gave_up, report)
+    if options.check and outcome.unloadable:
+        raise outcome.unloadable[0]
     dead = sum(stage.dead for stage in report.stages.values())
     cancelled = sum(stage.cancelled for stage in report.stages.values())
     if options.check and dead:

@@ -19,13 +19,14 @@ from jobq.driver import KILL, STOP, Driver
 from jobq.errors import PipelineError
 from jobq.graph import Edge, Graph, Node, Route, bind, find_by_name_problems
 from jobq.inputs import NAME, input_stage
-from jobq.letters import Letters
+from jobq.letters import Letters, cannot_be_loaded
 from jobq.options import RunOptions
 from jobq.outcome import Outcome
 from jobq.report import EdgeCounts, Report
 from jobq.results import Collect, Sink
 from jobq.scheduler import Scheduler
 from jobq.stage import Shard, describe
+from jobq.wire import Undecodable
 from jobq.work import ResourceUse, RouteUse, StageRecipe
 
 if TYPE_CHECKING:
@@ -95,8 +96,13 @@ class Running:
                 for edge in driver.scheduler.edges
             ],
         )
+        unloadable: list[Exception] = []
         if isinstance(self.sink, Collect):
-            report.results = [item for block in self.sink.blocks for item in codec.decode(block)]
+            for item in (item for block in self.sink.blocks for item in codec.decode(block)):
+                if isinstance(item, Undecodable):
+                    unloadable.append(cannot_be_loaded(item))
+                else:
+                    report.results.append(item)
         return Outcome(
             report,
             signal=stopped,
@@ -104,6 +110,7 @@ class Running:
             unbalanced=imbalance if ending.level < KILL else None,
             stdout_closed=closed,
             exceptions=tuple(self.letters.exceptions()),
+            unloadable=tuple(unloadable),
         )
 
     @contextlib.contextmanager

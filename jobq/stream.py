@@ -7,7 +7,9 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from jobq.letters import cannot_be_loaded
 from jobq.results import Sink, Stream
+from jobq.wire import Undecodable
 
 if TYPE_CHECKING:
     from jobq.events import Observer
@@ -62,7 +64,10 @@ class ResultStream(Iterator[Any]):
                 return _END
             assert self._running is not None
             self._items = self._running.backend.codec.decode(block)[::-1]
-        return self._items.pop()
+        item = self._items.pop()
+        if isinstance(item, Undecodable):
+            raise cannot_be_loaded(item)
+        return item
 
     def _begin(self) -> None:
         observers = self._cleanup.enter_context(self._observing)
