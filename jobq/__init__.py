@@ -4,26 +4,35 @@ jobq: typed producers and consumers on multiprocessing queues; nothing lost, not
     pipeline = Pipeline("name")      declare: @pipeline.producer, @pipeline.consumer, @pipeline.resource
     pipeline.run()                   run to the end, get a Report
     pipeline.stream()                iterate over results as they come
+    pipeline.open()                  feed it item by item, get futures
+    jobq.map(function, items)        the one-liner
 """
 
-from jobq.errors import (
-    BackendUnavailable,
-    JobqError,
-    JobsFailed,
-    JobsLost,
-    JoinTimeout,
-    PayloadError,
-    PipelineError,
-    Reject,
-    Retry,
-    RunFailed,
-    Skip,
-    TimeLimitExceeded,
-    WorkerLost,
-)
-from jobq.pipeline import Pipeline
-from jobq.report import DeadLetter, Report
-from jobq.stage import Job, Shard
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jobq.errors import (
+        BackendUnavailable,
+        JobqError,
+        JobsFailed,
+        JobsLost,
+        JoinTimeout,
+        PayloadError,
+        PipelineError,
+        Reject,
+        Retry,
+        RunFailed,
+        Skip,
+        TimeLimitExceeded,
+        WorkerLost,
+    )
+    from jobq.mapping import map  # noqa: A004  # the contract's name
+    from jobq.pipeline import Pipeline
+    from jobq.report import DeadLetter, Report
+    from jobq.stage import Job, Shard
 
 __all__ = [
     "BackendUnavailable",
@@ -44,4 +53,26 @@ __all__ = [
     "Skip",
     "TimeLimitExceeded",
     "WorkerLost",
+    "map",
 ]
+
+_HOMES = {
+    "map": "jobq.mapping",
+    "Pipeline": "jobq.pipeline",
+    "DeadLetter": "jobq.report",
+    "Report": "jobq.report",
+    "Job": "jobq.stage",
+    "Shard": "jobq.stage",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first asked for: ``jobq --help`` needs not wait for pydantic."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOMES.get(name, "jobq.errors")), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -15,6 +15,7 @@ import os
 import selectors
 import signal as signals
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ from jobq.scheduler import CHUNK_JOBS, Dead, Line, Retried, Scheduler
 from jobq.wire import Answer, Chunk, Hello, Part
 
 if TYPE_CHECKING:
+    from jobq.inlet import Inlet
     from jobq.results import Sink
 
 #: While the run is being stopped, a producer that does not come back to its yield is waited for so long
@@ -82,6 +84,7 @@ class Driver:
         failure_limit: int | None = None,
         letter: Callable[[Dead], events.JobDead],
         ticking: bool = False,
+        inlet: Inlet | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.sink = sink
@@ -108,6 +111,9 @@ class Driver:
         self._ahead = 2 if backend.own_thread else 1
         self._hopeless = False  # a killed worker does not go away: it is left to the backend
         self._requested: list[int] = []
+        self._calls: deque[Callable[[], None]] = deque()
+        self.inlet = inlet
+        self.paused = False
         self._checks: dict[str, float] = {}
         scheduler.results_room = lambda: sink.room
         self.pools = {
@@ -137,6 +143,11 @@ class Driver:
         """Make the loop look again. Safe from any thread and from signal handlers."""
         with contextlib.suppress(BlockingIOError):  # full: it will wake anyway
             os.write(self._wake_write, b"\0")
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Have *function* run in the driver's thread, soon. Safe from any thread."""
+        self._calls.append(function)
+        self.wake()
 
     def request_stop(self, signal: int | None = None) -> None:
         """Ask for the next step of the ladder: finish, stop, kill. Safe from signal handlers."""
@@ -183,6 +194,10 @@ class Driver:
         now = time.monotonic()
         while self._requested:
             self._escalate(self._requested.pop(0), now)
+        while self._calls:
+            self._calls.popleft()()
+        if self.inlet is not None and not self._closing:
+            self._let_in(self.inlet, now)
         self._watch_sink()
         if self._abandoned and self.ending.level < STOP:
             self.ending.level = STOP
@@ -190,7 +205,7 @@ class Driver:
         if self.ending.level or self.ending.halted:
             self._press(now)
         if not self._closing:
-            if not self.ending.halted:
+            if not self.ending.halted and not self.paused:
                 self._dispatch(now)
             self._conclude(now)
         elif now >= self.ending.deadline:
@@ -281,18 +296,27 @@ class Driver:
             scheduler.settle(line, member.worker.name, answer, now)
             if line.target != target:
                 self._hint_upstream(line)
-            if member.recalled and answer.final and not line.flights.get(member.worker.name):
-                member.allow_all()
+            if member.recalled:
+                member.recalled -= answer.skipped
+                if member.recalled <= 0 or not line.flights.get(member.worker.name):
+                    member.allow_all()
         for index, done, total in answer.notes:
             job = None if line.is_producer else answer.number + index
             self._tell(events.Progress(line.name, member.worker.name, job, done, total))
         self._report_happenings()
         self._pass_results()
+        self._tell_fates()
+
+    def _tell_fates(self) -> None:
+        settled = self.scheduler.lineage.settled
+        if settled and self.inlet is not None:
+            self.inlet.settle(settled)
+            settled.clear()
 
     def _pass_results(self) -> None:
         results = self.scheduler.results
         if results:
-            for stage, block, _ in results:
+            for stage, block in results:
                 self.sink.put(stage, block)
             results.clear()
 
@@ -367,7 +391,9 @@ class Driver:
             )
         self._report_happenings()
         self._pass_results()
-        if not self._closing and not member.ready and not self._anybody_came_up:
+        self._tell_fates()
+        own_end = not reason.startswith("was killed")
+        if not self._closing and own_end and not member.ready and not self._anybody_came_up:
             self._give_up(f"stage {line.name}: the first worker ended before it was ready: {reason}")
         elif not line.is_producer and not self._closing:
             self._replace(pool, member, reason, blameless=not tickets and decoding is None)
@@ -503,8 +529,53 @@ class Driver:
             (self._give_batches(pool, now) if line.batch is not None else self._give_chunks(pool))
 
     def _take_back(self, member: Member) -> None:
-        member.recalled = True
-        self.scheduler.take_back(member.pool.line, member.worker.name, member.stop_beginning())
+        line, name = member.pool.line, member.worker.name
+        member.recalled += self.scheduler.take_back(line, name, member.stop_beginning())
+        if not member.recalled:
+            member.allow_all()
+
+    # ── from and to a session ────────────────────────────────────────────────
+
+    def _let_in(self, inlet: Inlet, now: float) -> None:
+        """Queue what was submitted, and say how much more may come."""
+        for takers, block, roots in inlet.take():
+            lines = [(self.scheduler.lines[name], keys) for name, keys in takers]
+            for root in roots:
+                self.scheduler.lineage.begin(root)
+            self.scheduler.submit(lines, block, roots, now)
+        self._tell_fates()
+        self._report_happenings()
+        for name in inlet.entries:
+            inlet.allow(name, max(0, self.scheduler.lines[name].room))
+
+    def pause(self) -> None:
+        """Begin no new job from now on; those in hand go on. In the driver's thread."""
+        self.paused = True
+        for pool in self._consumers:
+            for member in pool.members:
+                if member.ready and not member.recalled:
+                    self._take_back(member)
+
+    def resume(self) -> None:
+        """Begin jobs again. In the driver's thread."""
+        self.paused = False
+
+    def withdraw(self, root: int) -> bool:
+        """Cancel a submitted item whose job has not begun; return whether it could be. Driver's thread."""
+        if self.inlet is not None:
+            self._let_in(self.inlet, time.monotonic())
+        if self.scheduler.withdraw(root):
+            self._tell_fates()
+            return True
+        for pool in self._consumers:
+            for member in pool.members:
+                flights = pool.line.flights.get(member.worker.name, {})
+                mine = any(root in (part.roots or ()) for one in flights.values() for part in one.chunk.parts)
+                if mine and not member.recalled:
+                    self._take_back(member)
+        done = self.scheduler.withdraw(root)
+        self._tell_fates()
+        return done
 
     # ── the end ──────────────────────────────────────────────────────────────
 
@@ -514,8 +585,10 @@ class Driver:
         if self.ending.halted:
             if any(line.flying or line.producing for line in scheduler.lines.values()):
                 return
-        elif not scheduler.finished or self.sink.waitable is not None:
-            return
+        else:
+            fed = self.inlet is not None and self.inlet.busy and not self.ending.level
+            if fed or not scheduler.finished or self.sink.waitable is not None:
+                return
         self._close(now)
 
     def _close(self, now: float) -> None:
@@ -595,6 +668,7 @@ class Driver:
                 if parts:
                     self.ending.interrupted = True
                     self.cancelled.append(Cancelled(line.name, parts))
+        self._tell_fates()
 
     def _watch_sink(self) -> None:
         sink = self.sink
@@ -620,8 +694,18 @@ class Driver:
                     self._unwatch(member)
         self._backend.close()
         self._selector.close()
-        os.close(self._wake_read)
-        os.close(self._wake_write)
+
+    def close(self) -> None:
+        """
+        Close the descriptors that wake the loop; idempotent.
+
+        Apart from `release`, and for the thread that made the driver: no other thread, and no signal handler,
+        may still want to wake it, since by then the numbers may name somebody else's files.
+        """
+        if self._wake_read >= 0:
+            os.close(self._wake_read)
+            os.close(self._wake_write)
+            self._wake_read = self._wake_write = -1
 
     # ── the books ────────────────────────────────────────────────────────────
 
@@ -631,7 +715,7 @@ class Driver:
 
     def _stage_counts(self, pool: Pool) -> StageCounts:
         line, books = pool.line, pool.line.books
-        lanes = line.lanes // pool.size
+        lanes = line.lanes // max(1, pool.size)
         in_flight = 0 if line.is_producer else sum(min(lanes, member.load) for member in pool.members)
         return StageCounts(
             received=books.received,

@@ -40,6 +40,7 @@ class LaneTally:
     failures: list[Failure] = field(default_factory=list)
     notes: list[tuple[int, float | None, float | None]] = field(default_factory=list)
     busy: float = 0.0
+    skipped: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +137,9 @@ class Lanes:
         with self._lock:
             tally.open -= 1
             tally.busy += busy
-            if outcome is not RECALLED:
+            if outcome is RECALLED:
+                tally.skipped += 1
+            else:
                 tally.outcomes.append((index, outcome))
             if failure is not None:
                 tally.failures.append(failure)
@@ -150,7 +153,7 @@ class Lanes:
     def _flush_locked(self) -> bool:
         sent = False
         for tally in list(self._tallies.values()):
-            if tally.outcomes or tally.notes or tally.open == 0:
+            if tally.outcomes or tally.notes or tally.skipped or tally.open == 0:
                 self._port.send(self._answer(tally))
                 sent = True
         self._flushed = time.monotonic()
@@ -163,6 +166,7 @@ class Lanes:
         failures, tally.failures = tuple(tally.failures), []
         notes, tally.notes = tuple(tally.notes), []
         busy, tally.busy = tally.busy, 0.0
+        skipped, tally.skipped = tally.skipped, 0
         settled: list[tuple[int, int]] = []
         filtered: list[int] = []
         pieces: list[Any] = []
@@ -193,6 +197,7 @@ class Lanes:
             counters.totals(),
             busy,
             notes=notes,
+            skipped=skipped,
         )
 
     def _close_flusher(self) -> None:

@@ -50,7 +50,7 @@ class Letters:
             job=part.first if part is not None else dead.number,
             key=part.keys[0] if part is not None and part.keys else None,
             item=failure.item_repr,
-            item_type=failure.item_type,
+            item_type=failure.item_type if scalar is None else _scalar_type(part),
             status="cancelled" if dead.status == "cancelled" else "dead",
             attempts=part.attempt if part is not None else 1,
             deliveries=part.delivery if part is not None else 1,
@@ -161,6 +161,12 @@ def _load_item(piece: Any, shown: Any) -> Any:
         return pickle.loads(piece)
     except BaseException:  # user code
         return shown
+
+
+def _scalar_type(part: Part | None) -> str | None:
+    assert part is not None and isinstance(part.block, PackedScalars)
+    items: list[Any] = pickle.loads(part.block.body)
+    return type(items[part.block.low]).__qualname__
 
 
 def _scalar_json(part: Part | None) -> str | None:

@@ -10,12 +10,12 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import FrameType, ModuleType, TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
 from jobq.backend import Preload
@@ -25,6 +25,14 @@ if TYPE_CHECKING:
     from jobq.pipeline import Pipeline
 
 _HERE = str(Path(__file__).parent) + os.sep
+
+_FORMS = "  Give pipeline.py, pipeline.py:variable or package.module:variable."
+
+#: Where the standard library is on ``sys.path``.
+_LIBRARY = {str(Path(os.__file__).parent), str(Path(os.__file__).parent / "lib-dynload")}
+
+#: Exit code of a process that was to be a worker and had to import a program without main guard.
+UNGUARDED = 77
 
 #: The target being loaded; None while none is.
 _loading: ContextVar[str | None] = ContextVar("loading", default=None)
@@ -45,10 +53,17 @@ def load_target(target: str) -> Loaded:
 
     *target* is ``pipeline.py``, ``pipeline.py:variable`` or ``package.module:variable``; without a
     variable it is the one Pipeline among the module's variables. The file's folder (the current one
-    for a module) is put first on ``sys.path``. Raises `PipelineError`.
+    for a module) is put first on ``sys.path``; behind the standard library if there is something in it by
+    the name of a module of it that jobq needs. Raises `PipelineError`.
     """
+    import jobq.pipeline  # noqa: F401  # before the folder is on the path, which may hold a json.py
+
     where, variable = _split(target)
-    preload = _file(Path(where)) if _is_file(where) else Preload("", where, str(Path.cwd()))
+    try:
+        preload = _file(Path(where)) if _is_file(where) else Preload("", _module(where), str(Path.cwd()))
+    except OSError as error:
+        raise PipelineError(f"The target {target!r} can't be read: {error.strerror}.") from error
+    _place(preload.folder, Path(preload.path).stem)
     return Loaded(_pick(_load(preload, target), where, variable), preload, target)
 
 
@@ -59,6 +74,8 @@ def load_preload(preload: Preload) -> None:
     For a child that was spawned: to be called before it unpickles anything. Does nothing where the
     module is loaded already.
     """
+    if preload.folder not in sys.path:  # multiprocessing hands on the driver's
+        _place(preload.folder, Path(preload.path).stem)
     _load(preload, preload.path or preload.module)
 
 
@@ -78,13 +95,46 @@ def is_loading() -> bool:
 
 
 def refuse_while_loading() -> None:
-    """Raise `PipelineError` if a pipeline's file is being loaded: every way to run one calls this first."""
+    """
+    Raise `PipelineError` if a pipeline's file is being loaded: every way to run one calls this first.
+
+    Also if a spawned child is importing the program that spawned it: the child then ends with `UNGUARDED`.
+    """
     target = _loading.get()
-    if target is not None:
-        raise PipelineError(
-            f"{_caller()} runs a pipeline while {target} is being loaded.\n"
-            '  Put the call behind a main guard: if __name__ == "__main__":'
-        )
+    ours = target is None and _is_child_importing()
+    if target is None and not ours:
+        return
+    when = "a worker process imports it" if ours else f"{target} is being loaded"
+    error = PipelineError(
+        f"{_caller()} runs a pipeline while {when}.\n"
+        '  Put the call behind a main guard: if __name__ == "__main__":'
+    )
+    if ours:
+        _end_without_traceback(error)
+    raise error
+
+
+def _is_child_importing() -> bool:
+    """Return whether multiprocessing is importing the parent's program here, in the child."""
+    from multiprocessing.process import current_process
+
+    return getattr(current_process(), "_inheriting", False)
+
+
+def _end_without_traceback(error: PipelineError) -> None:
+    """Let *error*, if nobody catches it, end this process with its text alone and `UNGUARDED`."""
+    before = sys.excepthook
+
+    def end(kind: type[BaseException], raised: BaseException, trace: TracebackType | None) -> None:
+        if raised is not error:
+            before(kind, raised, trace)
+            return
+        with suppress(OSError, ValueError, AttributeError):  # closed, or never there
+            sys.stderr.write(f"jobq: {error}\n")
+            sys.stderr.flush()
+        os._exit(UNGUARDED)
+
+    sys.excepthook = end
 
 
 def _split(target: str) -> tuple[str, str | None]:
@@ -92,15 +142,24 @@ def _split(target: str) -> tuple[str, str | None]:
     if not colon or Path(target).is_file():
         return target, None
     if not where or not variable.isidentifier():
-        raise PipelineError(
-            f"Target {target!r} is not understood.\n"
-            "  Give pipeline.py, pipeline.py:variable or package.module:variable."
-        )
+        raise _not_understood(target)
     return where, variable
 
 
+def _not_understood(target: str) -> PipelineError:
+    return PipelineError(f"Target {target!r} is not understood.\n{_FORMS}")
+
+
 def _is_file(where: str) -> bool:
-    return where.endswith(".py") or os.sep in where or Path(where).is_file()
+    if not where:
+        return False
+    return where.endswith(".py") or os.sep in where or where in (".", "..") or Path(where).is_file()
+
+
+def _module(name: str) -> str:
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise _not_understood(name)
+    return name
 
 
 def _file(path: Path) -> Preload:
@@ -139,9 +198,20 @@ def _is_module_of(origin: str | None, path: Path) -> bool:
     return origin is not None and Path(origin).resolve() == path
 
 
+def _place(folder: str, stem: str) -> None:
+    """Put *folder* first on ``sys.path``, behind the standard library if it would hide what we need of it."""
+    # Spawned children get the path before they import us. What we have imported, users' code gets from us
+    # anyway; so what they can have of their own, they have, in every process.
+    needed = sys.stdlib_module_names & {stem, *sys.modules}
+    hides = any(
+        Path(folder, file).is_file() for name in needed for file in (f"{name}.py", f"{name}/__init__.py")
+    )
+    before = [entry for entry in sys.path if hides and entry in _LIBRARY]
+    others = [entry for entry in sys.path if entry != folder and entry not in before]
+    sys.path[:] = [*before, folder, *others]
+
+
 def _load(preload: Preload, target: str) -> ModuleType:
-    if preload.folder not in sys.path[:1]:
-        sys.path.insert(0, preload.folder)
     if preload.module in sys.modules:
         return sys.modules[preload.module]
     try:
@@ -152,7 +222,17 @@ def _load(preload: Preload, target: str) -> ModuleType:
     except PipelineError:
         raise
     except (Exception, SystemExit) as error:
+        if _is_missing(preload, error):
+            raise PipelineError(
+                f"{target} names no module: {error} (current folder: {Path.cwd()}).\n{_FORMS}"
+            ) from error
         raise PipelineError(f"{target} can't be loaded:\n{_users_traceback(error)}") from error
+
+
+def _is_missing(preload: Preload, error: BaseException) -> bool:
+    """Return whether it is the target itself, or a package that it is in, that wasn't found."""
+    absent = f"{error.name}." if isinstance(error, ModuleNotFoundError) and not preload.path else None
+    return absent is not None and f"{preload.module}.".startswith(absent)
 
 
 class _Source(SourceFileLoader):

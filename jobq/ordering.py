@@ -24,9 +24,9 @@ class Sequencer(Generic[T]):
         """Hold *output* of the job *number* (or of a run of jobs that begins with it)."""
         self._outputs.setdefault(number, []).append(output)
 
-    def drop(self, number: int) -> None:
-        """Forget what the job *number* gave: it failed."""
-        self._outputs.pop(number, None)
+    def drop(self, number: int) -> list[T]:
+        """Forget what the job *number* gave so far: it failed. Returns it."""
+        return self._outputs.pop(number, [])
 
     def settle(self, first: int, count: int) -> None:
         """Take the jobs ``first … first + count - 1`` as settled: they hold nobody back any more."""

@@ -14,8 +14,9 @@ from jobq.graph import Graph, build_graph, find_by_name_problems
 from jobq.load import refuse_while_loading
 from jobq.options import NOT_YET, RunOptions, read_run_options
 from jobq.outcome import Outcome
-from jobq.results import Collect, Discard, JsonLines, Sink
+from jobq.results import Collect, Discard, Fates, JsonLines, Sink
 from jobq.running import Running, prepare
+from jobq.session import Session
 from jobq.stage import (
     ConsumerOptions,
     Function,
@@ -32,7 +33,9 @@ from jobq.stream import ResultStream
 if TYPE_CHECKING:
     from jobq.backend import Preload
     from jobq.events import Observer
+    from jobq.inlet import Inlet
     from jobq.report import Report
+    from jobq.wire import Codec
 
 F = TypeVar("F", bound=Callable[..., Any])
 Source = str | Function | Sequence[str | Function] | None
@@ -207,6 +210,27 @@ class Pipeline:
             lambda outcome: _raise_or_report(outcome, options),
         )
 
+    def open(self, **given: Any) -> Session:
+        """
+        Return a run in progress that the program feeds: producers don't run.
+
+        Keywords are those of `run`. A context manager: its end waits for everything submitted, then closes;
+        an exception stops the run. Raises `PipelineError` before anything starts.
+        """
+        options, parameters = self._read(given)
+        cleanup = contextlib.ExitStack()
+        observers = cleanup.enter_context(_observing(options))
+        try:
+            return Session(
+                lambda make_inlet: self._prepare(
+                    options, parameters, Fates(), observers, make_inlet=make_inlet
+                ),
+                cleanup,
+            )
+        except BaseException:
+            cleanup.close()
+            raise
+
     def execute(
         self,
         options: RunOptions,
@@ -229,8 +253,11 @@ class Pipeline:
             running = self._prepare(
                 options, parameters, sink, observers, texts=texts, preload=preload, target=target
             )
-            with running.signals():
-                running.driver.run()
+            try:
+                with running.signals():
+                    running.driver.run()
+            finally:
+                running.driver.close()
             return running.conclude()
 
     def _prepare(
@@ -243,6 +270,7 @@ class Pipeline:
         texts: bool = False,
         preload: Preload | None = None,
         target: str | None = None,
+        make_inlet: Callable[[Graph, Codec], Inlet] | None = None,
     ) -> Running:
         refuse_while_loading()
         graph = build_graph(
@@ -250,7 +278,7 @@ class Pipeline:
             self._resources,
             pipeline=self.name,
             given=dict(parameters),
-            need_producer=options.input is None,
+            need_producer=options.input is None and make_inlet is None,
         )
         from jobq.observe import log_settings
 
@@ -265,6 +293,7 @@ class Pipeline:
             preload=preload,
             target=target,
             log=log_settings(options),
+            make_inlet=make_inlet,
         )
 
     def _read(self, given: dict[str, Any]) -> tuple[RunOptions, dict[str, Any]]:

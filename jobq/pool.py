@@ -28,7 +28,7 @@ class Member:
     worker: Worker
     ready: bool = False
     closing: bool = False
-    recalled: bool = False
+    recalled: int = 0  # jobs that were taken back, and that the worker has not come past yet
     gone: bool = False
     registered: tuple[Waitable, ...] = ()
     totals: Totals = field(default_factory=Totals)
@@ -62,7 +62,7 @@ class Member:
 
     def allow_all(self) -> None:
         """Lift the limit, once everything that was taken back has been answered."""
-        self.recalled = False
+        self.recalled = 0
         self.worker.page[LIMIT] = NO_LIMIT
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import select
@@ -83,6 +82,12 @@ class Collect:
 
     def flush(self) -> None:
         """Nothing is left to write."""
+
+
+class Fates(Discard):
+    """Results are made, and wait in the fates of the source items that they came of."""
+
+    kind: Literal["items", "json", "count"] = "items"
 
 
 class JsonLines:
@@ -187,7 +192,7 @@ class Stream:
         """Nothing is left to write."""
 
     def end(self) -> None:
-        """Say that no more results come."""
+        """Say that no more results come, and wake nobody any more."""
         with self._changed:
             self._ended = True
             self._changed.notify()
@@ -211,6 +216,6 @@ class Stream:
         self._waiting -= block.count
         if self._asked:
             self._asked = False
-            with contextlib.suppress(OSError):  # the run ended meanwhile
+            if not self._ended:
                 self.wake()
         return block

@@ -26,10 +26,11 @@ from jobq.report import EdgeCounts, Report
 from jobq.results import Collect, Sink
 from jobq.scheduler import Scheduler
 from jobq.stage import Shard, describe
-from jobq.wire import Undecodable
+from jobq.wire import Codec, Undecodable
 from jobq.work import ResourceUse, RouteUse, StageRecipe
 
 if TYPE_CHECKING:
+    from jobq.inlet import Inlet
     from jobq.observe.log import LogSettings
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -152,18 +153,22 @@ def prepare(
     preload: Preload | None = None,
     target: str | None = None,
     log: LogSettings | None = None,
+    make_inlet: Callable[[Graph, Codec], Inlet] | None = None,
 ) -> Running:
     """
     Return a run that is ready to start: no worker exists yet.
 
-    Raises `PipelineError` for whatever can be known to be wrong before, `BackendUnavailable`.
+    With *make_inlet* its producers don't run: items come through the inlet. Raises `PipelineError` for
+    whatever can be known to be wrong before, `BackendUnavailable`.
     """
     backend_class = backends.load(options.backend)
-    values = bind(graph, parameters, texts, producers=options.input is None)
+    values = bind(graph, parameters, texts, producers=options.input is None and make_inlet is None)
     if options.input is not None:
         graph, read = _with_input(graph, options)
         values[NAME] = read
     sizes = _sizes(graph, options)
+    if make_inlet is not None:
+        sizes.update({node.stage.name: 0 for node in graph.producers()})
     own_thread = backend_class.own_thread
     lanes = {
         key: node.stage.consumer.concurrency if node.stage.kind == "consumer" and own_thread else 1
@@ -201,7 +206,9 @@ def prepare(
             failure_limit=options.failure_limit,
             letter=letters.make,
             ticking=options.progress,
+            inlet=make_inlet(graph, backend.codec) if make_inlet is not None else None,
         )
+        driver.scheduler.fed = make_inlet is not None
     except BaseException:
         backend.close()
         raise

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+from jobq.lineage import Lineage
 from jobq.ordering import Sequencer
 from jobq.policy import Uniform, retry_delay
 from jobq.wire import Answer, Block, Chunk, Failure, Grant, Output, Part
@@ -246,8 +247,9 @@ class Scheduler:
         }
         self.edges: list[Edge] = []
         self.happened: list[Retried | Dead] = []
-        self.results: list[tuple[str, Block, tuple[int, ...] | None]] = []
-        self.settled_roots: list[tuple[int, int]] = []
+        self.results: list[tuple[str, Block]] = []
+        self.lineage = Lineage()
+        self.fed = False  # items come from outside
         self.results_room: Callable[[], int] = lambda: CHUNK_JOBS
         self._results_promised = 0
         for line in self.lines.values():
@@ -288,7 +290,9 @@ class Scheduler:
         ):
             edge.received += count
             if taker is None:
-                self.results.append((line.name, output.block, roots))
+                self.results.append((line.name, output.block))
+                if roots is not None:
+                    self.lineage.gave(roots, output.block)
             else:
                 self.accept(taker, output.block, keys.get(place), roots, now)
 
@@ -309,7 +313,8 @@ class Scheduler:
         for index, key in enumerate((*keys, None)):
             new = isinstance(key, str) and key not in line.seen
             if isinstance(key, tuple):
-                self._without_key(line, block.take(index, index + 1), key[1])
+                root = roots[index : index + 1] if roots is not None else None
+                self._without_key(line, block.take(index, index + 1), root, key[1])
             elif new and key is not None:
                 line.seen.add(key)
             elif key is not None:
@@ -331,6 +336,8 @@ class Scheduler:
         now: float,
     ) -> None:
         part = Part(line.next_number, block, 1, 1, keys, roots)
+        if roots is not None:
+            self.lineage.add(roots)
         line.next_number += block.count
         line.waiting.append(part)
         line.queued += block.count
@@ -339,10 +346,12 @@ class Scheduler:
         if line.oldest is None:
             line.oldest = now
 
-    def _without_key(self, line: Line, block: Block, why: str) -> None:
+    def _without_key(self, line: Line, block: Block, roots: tuple[int, ...] | None, why: str) -> None:
         """Make a dead letter of an item whose key could not be computed."""
         failure = Failure(0, "payload", "PayloadError", f"{line.name}(): {why}", "")
-        part = Part(line.next_number, block)
+        part = Part(line.next_number, block, roots=roots)
+        if roots is not None:
+            self.lineage.add(roots)
         line.next_number += 1
         if line.sequencer is not None:
             self._promise(line, 1)  # taken back when its turn has come
@@ -359,6 +368,39 @@ class Scheduler:
         for part in parts:
             line.queued += part.block.count
             line.queued_bytes += part.block.nbytes
+
+    def submit(
+        self,
+        takers: Sequence[tuple[Line, tuple[str, ...] | None]],
+        block: Block,
+        roots: tuple[int, ...],
+        now: float,
+    ) -> None:
+        """Queue items that came from outside at each of *takers*, and follow them."""
+        for line, keys in takers:
+            self.accept(line, block, keys, roots, now)
+        self.lineage.end(roots)
+
+    def withdraw(self, root: int) -> bool:
+        """Cancel the only job of a source item if it waits; return whether it did."""
+        for line in self.lines.values():
+            for place, part in enumerate(line.waiting):
+                if part.roots is not None and root in part.roots:
+                    index = part.roots.index(root)
+                    rest = [part.take(0, index), part.take(index + 1, part.block.count)]
+                    del line.waiting[place]
+                    for piece in reversed([piece for piece in rest if piece.block.count]):
+                        line.waiting.insert(place, piece)
+                    gone = part.take(index, index + 1)
+                    line.queued -= 1
+                    line.queued_bytes -= gone.block.nbytes
+                    line.books.cancelled += 1
+                    if line.sequencer is not None:
+                        line.sequencer.settle(gone.first, 1)
+                        self._promise(line, 1 if gone.first >= line.begun else 0)
+                    self.lineage.cancelled((root,))
+                    return True
+        return False
 
     # ── jobs are given out ───────────────────────────────────────────────────
 
@@ -539,6 +581,8 @@ class Scheduler:
         if again:
             self._delay(line, again, now)
         self._release_order(line, now)
+        for part in flight.parts(closed) if flight.chunk.parts[0].roots is not None else ():
+            self.lineage.end(part.roots or ())
         if answer.final:
             del line.flights[worker][answer.number]
             if flight.open:  # the worker says that it is through: these were never begun
@@ -614,7 +658,10 @@ class Scheduler:
                     None,
                     tuple((place, keys[low:high]) for place, keys in output.keys),
                 )
-                sequencer.add(flight.job(parents[low]).first, (piece, roots[low:high] if roots else None))
+                held = roots[low:high] if roots is not None else None
+                if held is not None:
+                    self.lineage.add(held)
+                sequencer.add(flight.job(parents[low]).first, (piece, held))
         if sequencer is not None:
             for part in flight.parts(closed):
                 sequencer.settle(part.first, part.block.count)
@@ -633,7 +680,8 @@ class Scheduler:
         line.books.failed += 1
         part = flight.job(failure.index)
         if line.sequencer is not None:
-            line.sequencer.drop(part.first)
+            for _, held in line.sequencer.drop(part.first):
+                self.lineage.end(held or ())
         delay = retry_delay(failure, part.attempt, line.node.stage.consumer, self._chance)
         self._landed(line, worker, flight, closed)
         if delay is None:
@@ -664,8 +712,13 @@ class Scheduler:
     ) -> None:
         line.books.dead += 1
         self.happened.append(Dead(line.name, worker, part, failure, loadable=loadable))
-        if part is not None and line.sequencer is not None:
+        if part is None:
+            return
+        if line.sequencer is not None:
             line.sequencer.settle(part.first, 1)
+        if part.roots is not None:
+            self.lineage.died(part.roots, failure, line.name, part)
+            self.lineage.end(part.roots)
 
     def _learn(self, line: Line, seconds: float) -> None:
         """Let the chunk size follow the time a job takes; it grows at most fourfold at a time."""
@@ -776,6 +829,7 @@ class Scheduler:
         head = line.sequencer.head
         for output, roots in line.sequencer.release():
             self.emit(line, output, roots, now)
+            self.lineage.end(roots or ())
         self._promise(line, head - line.sequencer.head)
 
     def lost_producer(self, line: Line, worker: str, reason: str) -> None:
@@ -827,6 +881,8 @@ class Scheduler:
 
     def upstream_quiet(self, line: Line) -> bool:
         """Whether nothing can arrive at *line* before it acts itself."""
+        if self.fed:
+            return False
         for name in line.before:
             other = self.lines[name]
             if other.producing or (other is not line and other.unsettled) or (other is line and line.flying):
@@ -860,6 +916,8 @@ class Scheduler:
         line.loads.clear()
         line.queued = line.queued_bytes = line.resting = line.flying = line.flying_bytes = 0
         line.books.cancelled += sum(part.block.count for part in parts)
+        for part in parts:
+            self.lineage.cancelled(part.roots or ())
         return parts
 
 

@@ -73,6 +73,7 @@ class ResultStream(Iterator[Any]):
         observers = self._cleanup.enter_context(self._observing)
         try:
             running = self._running = self._start(self._sink, observers)
+            self._cleanup.callback(running.driver.close)
             self._sink.wake = running.driver.wake
             self._cleanup.enter_context(running.signals())
         except BaseException:

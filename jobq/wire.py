@@ -307,7 +307,8 @@ class Answer:
     filtered ones are in ``filtered`` too); failed ones are in ``failures`` alone. ``final``: the chunk is
     answered whole, but for jobs that were taken back. For a producer ``settled`` counts items given under
     the grant, and ``ended`` says that there are no more.
-    ``notes`` are what jobs said of their progress: ``(index, done, total)``.
+    ``notes`` are what jobs said of their progress: ``(index, done, total)``. ``skipped`` jobs were not begun,
+    since they had been taken back.
     """
 
     number: int
@@ -320,6 +321,7 @@ class Answer:
     busy: float = 0.0
     ended: bool = False
     notes: tuple[tuple[int, float | None, float | None], ...] = ()
+    skipped: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -538,7 +540,7 @@ def _pack_answer(answer: Answer, buffers: list[Buffer]) -> tuple[Any, ...]:
         [_fields(failure) for failure in answer.failures],
         outputs,
         (totals.done, totals.filtered, totals.failed, totals.emitted),
-        (answer.busy, answer.ended, answer.notes),
+        (answer.busy, answer.ended, answer.notes, answer.skipped),
     )
 
 

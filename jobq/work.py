@@ -207,7 +207,7 @@ def read_giving(recipe: StageRecipe, codec: Codec) -> Giving:
             )
         route = recipe.member_routes[member]
         encoder, use = encoders[route], routes[route]
-        keys = tuple((place, _key(function, item)) for place, function in use.keys)
+        keys = tuple((place, key_of(function, item)) for place, function in use.keys)
         return Piece(route, None if encoder is None else encoder(item), keys)
 
     joined = [_Joined(codec) if isinstance(chosen, JsonCodec) else chosen for chosen in codecs]
@@ -221,7 +221,9 @@ def _giving_unless_unfit(codec: Codec, use: RouteUse) -> Giving:
     def encode(item: Any) -> Piece:
         if isinstance(item, Unfit):
             raise item.error
-        return Piece(0, codec.encode(item), tuple((place, _key(function, item)) for place, function in keyed))
+        return Piece(
+            0, codec.encode(item), tuple((place, key_of(function, item)) for place, function in keyed)
+        )
 
     return Giving(ManyRoutes((codec,)), encode)
 
@@ -234,7 +236,8 @@ def _Joined(codec: Codec) -> Codec:  # noqa: N802  # stands for a class
     return PickleCodec()
 
 
-def _key(function: Function, item: Any) -> Any:
+def key_of(function: Function, item: Any) -> Any:
+    """Return the key of *item*, or ``("!", why)`` where there is none."""
     try:
         key = function(item)
     except BaseException as error:  # user code: the taker's job is a dead letter, the giver's is fine

@@ -238,28 +238,170 @@ def test_garbage_on_the_channel_is_told_and_its_writer_stopped() -> None:
     assert "garbage" in str(rest.end)
 
 
-def test_a_killed_nursery_takes_its_workers_along_and_is_replaced() -> None:
-    with bench() as made:
-        worker = made.start("busy")
-        made.send(worker, 0, [None])
+def kill_keeper(made: Bench) -> None:
+    """Kill the process that forks workers, and see it die."""
+    kill_and_see(_nursery(made).pid)
+
+
+def kill_spare(made: Bench) -> None:
+    """Kill the process that would take its place, and see it die."""
+    pid = _nursery(made).spare_pid
+    assert pid is not None
+    kill_and_see(pid)
+
+
+def kill_and_see(pid: int) -> None:
+    pidfd = os.pidfd_open(pid)
+    os.kill(pid, signal.SIGKILL)
+    assert select.select([pidfd], [], [], 30)[0]
+    os.close(pidfd)
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_workers_go_on_when_the_process_that_forked_them_is_killed(name: str) -> None:
+    with bench(name) as made:
+        idle, busy = made.start("echo"), made.start("gate")
+        with made.gate() as gate:
+            made.send(busy, 0, [gate.path, "x"])
+            made.hello(busy)
+            made.hear(busy)
+            kill_keeper(made)
+            gate.open()
+
+            assert made.items(made.hear(busy)) == [gate.path, "x"]
+        assert ask(made, idle, 1) == [1]
+        end_well(made, idle)
+        end_well(made, busy)
+
+
+@pytest.mark.parametrize("act", ["busy", "crash", "leave_a_grandchild"])
+def test_the_death_of_a_worker_whose_forker_was_killed_is_seen_and_it_is_replaced(act: str) -> None:
+    with bench() as made, busy_threads(1):
+        worker = made.start(act)
         made.hello(worker)
-        made.hear(worker)
-        os.kill(_nursery(made).pid, signal.SIGKILL)
+        kill_keeper(made)
+        made.send(worker, 0, ["kill"])
+        grandchild = None
+        if act != "crash":
+            said = made.hear(worker)
+            if act == "busy":
+                worker.kill()
+            else:
+                grandchild = made.items(said)[0]
 
         rest = made.hear_the_end(worker)
         worker.release()
+        if grandchild is not None:
+            os.kill(grandchild, signal.SIGKILL)
+
+        assert isinstance(rest.end, BrokenChannel)
+        assert str(rest.end).startswith("ended, how is not known")
+        assert ask(made, made.start("echo"), 1) == [1]
+
+
+def test_a_run_outlives_any_number_of_keepers_while_threads_run() -> None:
+    with bench("joinable") as made, busy_threads(1):
+        workers = []
+        for _ in range(10):
+            workers.append(made.start("echo"))
+            _nursery(made).spare_pid  # noqa: B018  # waits for it: two killed at once are too many
+            kill_keeper(made)
+
+        for worker in workers:
+            assert ask(made, worker, 1) == [1]
+            end_well(made, worker)
+
+
+def test_a_killed_spare_is_replaced_by_the_next_start() -> None:
+    with bench() as made, busy_threads(1):
+        for _ in range(3):
+            kill_spare(made)
+            end_well(made, made.start("echo"))
+        assert _nursery(made).spare_pid is not None
+        kill_keeper(made)
+
+        assert ask(made, made.start("echo"), 1) == [1]
+
+
+def test_two_lost_forkers_are_replaced_by_the_driver_where_no_threads_run() -> None:
+    with bench() as made:
+        worker = made.start("echo")
+        kill_spare(made)
+        kill_keeper(made)
+
         another = made.start("echo")
 
-        assert "was lost with the process that forks" in str(rest.end)
         assert ask(made, another, 1) == [1]
+        assert ask(made, worker, 1) == [1]
+        end_well(made, worker)
 
 
-def test_a_killed_nursery_is_not_replaced_while_threads_run() -> None:
+def test_two_lost_forkers_are_told_where_threads_run() -> None:
     with bench() as made, busy_threads(1):
-        os.kill(_nursery(made).pid, signal.SIGKILL)
+        worker = made.start("echo")
+        kill_spare(made)
+        kill_keeper(made)
 
         with pytest.raises(BackendUnavailable, match="start_method='forkserver'"):
             made.start("echo")
+        assert ask(made, worker, 1) == [1]
+
+
+def test_a_forker_that_is_killed_while_it_forks_leaves_no_second_reader(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with bench() as made:
+        nursery = _nursery(made)
+        fork = type(nursery._keeper).fork
+
+        def fork_and_lose(*given: Any) -> tuple[int, int]:
+            """Have the worker forked, and lose the answer."""
+            pid, pidfd = fork(*given)
+            monkeypatch.undo()
+            forked.append(pidfd)
+            kill_keeper(made)
+            raise EOFError(pid)
+
+        forked: list[int] = []
+        monkeypatch.setattr(type(nursery._keeper), "fork", fork_and_lose)
+        worker = made.start("echo")
+
+        assert ask(made, worker, 1) == [1]
+        assert select.select(forked, [], [], 30)[0], "the worker that nobody knows of must end"
+        os.close(forked[0])
+
+
+@pytest.mark.parametrize("lost", ["keeper", "spare", "both"])
+def test_no_worker_outlives_its_driver_though_its_forker_was_killed_first(lost: str) -> None:
+    program = (
+        "import os, signal, sys\n"
+        "from tests.test_backends import bench, kill_keeper, kill_spare, _nursery\n"
+        "with bench() as made:\n"
+        "    idle, busy = made.start('echo'), made.start('busy')\n"
+        "    made.send(busy, 0, [None])\n"
+        "    for worker in (idle, busy): made.hello(worker)\n"
+        "    made.hear(busy)\n"
+        "    keepers = [_nursery(made).pid, _nursery(made).spare_pid]\n"
+        f"    if {lost!r} != 'keeper': kill_spare(made)\n"
+        f"    if {lost!r} != 'spare': kill_keeper(made)\n"
+        f"    keepers = dict(keeper=keepers[1:], spare=keepers[:1], both=[])[{lost!r}]\n"
+        "    print(idle.pid, busy.pid, *keepers, flush=True)\n"
+        "    signal.pause()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, env=environment, text=True
+    ) as driver:
+        assert driver.stdout is not None
+        pids = [int(pid) for pid in driver.stdout.readline().split()]
+        watched = [os.pidfd_open(pid) for pid in pids]
+        driver.kill()
+        driver.wait()
+
+    assert len(pids) >= 2
+    for pidfd in watched:
+        assert select.select([pidfd], [], [], 5)[0]
+        os.close(pidfd)
 
 
 def _nursery(made: Bench) -> Nursery:

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import mmap
 import os
+import select
 import tempfile
 from collections import deque
 from collections.abc import Sequence
@@ -165,6 +166,13 @@ def close(fd: int) -> None:
     """Close a descriptor; -1 stands for one that is closed already."""
     if fd >= 0:
         os.close(fd)
+
+
+def readable(fd: int, seconds: float) -> bool:
+    """Return whether a descriptor can be read from, or is at its end, within so many *seconds*."""
+    poll = select.poll()  # of any number, unlike `select.select`
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
 
 
 def widen(fd: int) -> None:

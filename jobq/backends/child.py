@@ -28,6 +28,7 @@ from typing import Any, NoReturn, Protocol
 from jobq.backend import Port, Preload, Recipe, serve
 from jobq.backends.channel import Incoming, SharedPage, write_whole
 from jobq.errors import EndOfChannel
+from jobq.load import UNGUARDED, load_preload
 from jobq.wire import MAGIC, PREFIX, Answer, Bye, Codec, Hello, Order, PickleCodec, Said, pack, unpack
 
 #: A frame without header and body: no more orders come.
@@ -142,8 +143,8 @@ def attend(recipe: Recipe, port: Speaker) -> None:
     problem: str | None = None
     try:
         serve(recipe, port)
-    except BaseException:  # user code opened and closed things; whatever it raised is the last word
-        problem = traceback.format_exc()
+    except BaseException as error:  # user code opened and closed things; what it raised is the last word
+        problem = describe_failure(error)
     port.say(Bye(problem))
 
 
@@ -167,14 +168,12 @@ def main(
         if recipe is None:
             try:
                 if preload is not None:
-                    from jobq.load import load_preload
-
                     load_preload(preload)
                 recipe = port.receive_recipe()
             except EndOfChannel:
                 leave()
-            except BaseException:  # user code is imported
-                port.say(Bye(traceback.format_exc()))
+            except BaseException as error:  # user code is imported
+                port.say(Bye(describe_failure(error)))
                 leave()
         attend(recipe, port)
     except BaseException:
@@ -258,6 +257,14 @@ def flush(files: Iterable[Any]) -> None:
             file.flush()
 
 
+def describe_failure(error: BaseException) -> str:
+    """Return the end of a sentence that says why a worker can't work, and below it the traceback."""
+    named = traceback.format_exception_only(error)
+    # A syntax error is preceded by its place, a message may have several lines, and notes may follow.
+    reason = next((line for line in named if not line.startswith(" ")), named[-1]).partition("\n")[0]
+    return f"could not go on: {reason}\n{''.join(traceback.format_exception(error)).rstrip()}"
+
+
 def describe_exit(code: int) -> str:
     """Return an exit code, negative for a signal, as the end of a sentence."""
     if code < 0:
@@ -266,5 +273,7 @@ def describe_exit(code: int) -> str:
         except ValueError:
             return f"was killed by signal {-code}"
     if code == CHANNEL_GONE:
-        return f"exited with code {code}: a job closed descriptors that are not its own"
+        return f"exited with code {code} (a job closed descriptors that are not its own)"
+    if code == UNGUARDED:
+        return f'exited with code {code} (the program needs a main guard: if __name__ == "__main__":)'
     return f"exited with code {code}"

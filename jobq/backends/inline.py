@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import selectors
-import traceback
 from collections import deque
 from typing import ClassVar
 
 from jobq.backend import Page, Plan, Recipe, Waitable, Work, blank_page, page_words
 from jobq.backends.channel import Bell
+from jobq.backends.child import describe_failure
 from jobq.errors import BrokenChannel, EndOfChannel, Interrupted
 from jobq.wire import Answer, Bye, Codec, Hello, Order, ReferenceCodec, Said
 
@@ -120,8 +120,8 @@ class InlineWorker:
             raise
         except Interrupted:
             self._finish("was stopped")
-        except BaseException:  # as in a process of its own: whatever leaves here, the worker can't work
-            self._finish(traceback.format_exc())
+        except BaseException as error:  # as in a process of its own: it can't work
+            self._finish(describe_failure(error))
         finally:
             self.working = False
 

@@ -7,18 +7,20 @@ import errno
 import multiprocessing
 import os
 import pickle
-import select
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import forkserver, resource_tracker, util
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 from jobq.backend import Plan
 from jobq.backends import child
-from jobq.backends.channel import close
+from jobq.backends.channel import close, readable
 from jobq.errors import BackendUnavailable
+from jobq.load import UNGUARDED
 from jobq.wire import PROTOCOL
 
 #: Seconds to wait for a killed process before leaving it to the system.
@@ -57,11 +59,17 @@ class Launcher:
         process = self._process(target=child.main, args=(ends,), kwargs=options, name=name, daemon=True)
         self._make_sure_of_room()
         try:
-            with _deaf_to_the_terminal():
+            with _library_first(), _deaf_to_the_terminal():
+                if self._uses_server:
+                    _server.make_sure_it_runs()
                 process.start()
         except AssertionError as error:
             raise BackendUnavailable(f"{error}; start_method='fork' can be used here") from error
-        except EOFError as error:
+        except (EOFError, ConnectionError) as error:
+            if self._uses_server and _server.ended_with(UNGUARDED):
+                raise BackendUnavailable(
+                    f"the fork server {child.describe_exit(UNGUARDED)}: it imports the program as a module"
+                ) from error
             raise OSError(errno.EAGAIN, f"can't start worker {name}: the fork server was lost") from error
         return Launched(process, own_child=self._own_children)
 
@@ -98,6 +106,7 @@ class _Server:
         self._lock = threading.Lock()
         self._users = 0
         self._ours = False
+        self._door = -1
 
     def use(self, modules: set[str]) -> None:
         """Let the server start, with jobq (and those of *modules* that are jobq's) imported once for all."""
@@ -108,6 +117,49 @@ class _Server:
                 if _server_state()._preload_modules == ["__main__"]:
                     own = sorted(name for name in modules if name.startswith("jobq."))
                     forkserver.set_forkserver_preload(["__main__", child.__name__, *own])
+
+    def make_sure_it_runs(self) -> None:
+        """
+        Start the server if it doesn't run, with nothing of it in the file system.
+
+        A driver that is killed can't remove the socket under which its server is reached. So it is removed
+        at once, and reached by a descriptor. (An abstract socket would be open to every user.)
+        """
+        with self._lock:
+            if not self._ours or _runs(_server_state()._forkserver_pid) or not _DESCRIPTORS_ARE_PATHS:
+                return
+            config = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+            before = config.get("tempdir")
+            with tempfile.TemporaryDirectory(prefix="jobq-") as path:
+                folder = os.open(path, os.O_PATH)
+                try:
+                    # By number, since the address of a socket must be short.
+                    config["tempdir"] = f"/proc/self/fd/{folder}"
+                    _server_state().ensure_running()
+                    self._close_door()
+                    self._door = os.open(_server_state()._forkserver_address, os.O_PATH)
+                    _server_state()._forkserver_address = f"/proc/self/fd/{self._door}"
+                finally:
+                    config["tempdir"] = before
+                    os.close(folder)
+
+    def ended_with(self, code: int) -> bool:
+        """Return whether the server, which has closed its socket, ended with this exit code."""
+        pid = _server_state()._forkserver_pid
+        try:
+            end = os.pidfd_open(pid)
+            try:
+                readable(end, REAPING)
+            finally:
+                os.close(end)
+            status = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except (OSError, TypeError, AttributeError):
+            return False
+        return status is not None and (status.si_code, status.si_status) == (os.CLD_EXITED, code)
+
+    def _close_door(self) -> None:
+        fd, self._door = self._door, -1
+        close(fd)
 
     def leave(self) -> None:
         """Stop the server after its last use, if it was ours."""
@@ -121,16 +173,43 @@ class _Server:
                 # Killed, since it would wait for every process that holds its descriptor, such as a job's.
                 with contextlib.suppress(OSError):
                     os.kill(server._forkserver_pid, signal.SIGKILL)
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError):  # it can't remove what is not there
                     server._stop()
+                server._forkserver_address = None
+                self._close_door()
             server._preload_modules = ["__main__"]
 
 
 _server = _Server()
+_DESCRIPTORS_ARE_PATHS = hasattr(os, "O_PATH") and Path("/proc/self/fd").is_dir()
+
+
+def _runs(pid: int | None) -> bool:
+    """Return whether a child of ours runs; leaves its status to be waited for."""
+    return pid is not None and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
 def _server_state() -> Any:
     return forkserver._forkserver  # Any: most of it is not in the stubs
+
+
+_starting = threading.Lock()
+
+
+@contextlib.contextmanager
+def _library_first() -> Iterator[None]:
+    """
+    Let a process that is started here not import its own needs from the current folder.
+
+    `multiprocessing` starts ``python -c``, which looks there first; later it hands over our ``sys.path``.
+    """
+    with _starting:
+        before = util._args_from_interpreter_flags  # type: ignore[attr-defined]
+        util._args_from_interpreter_flags = lambda: [*before(), "-P"]  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            util._args_from_interpreter_flags = before  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
@@ -166,7 +245,7 @@ class Launched:
             code = self._process.exitcode
             if code is not None:
                 self._how = child.describe_exit(code)
-            elif self.fd == self._pidfd and _readable(self.fd, 0):
+            elif self.fd == self._pidfd and readable(self.fd, 0):
                 self._how = "has ended"  # somebody else's wait() took the exit code
         return self._how
 
@@ -186,7 +265,7 @@ class Launched:
             return
         if self.ended() is None:
             self.kill()
-            _readable(self.fd, REAPING)
+            readable(self.fd, REAPING)
         self._released = True
         if self._process.exitcode is not None:
             self._process.join()
@@ -198,7 +277,3 @@ class Launched:
         self._released = True
         fd, self._pidfd = self._pidfd, -1
         close(fd)
-
-
-def _readable(fd: int, seconds: float) -> bool:
-    return bool(select.select([fd], [], [], seconds)[0])

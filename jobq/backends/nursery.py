@@ -1,12 +1,14 @@
 """
 A process without threads that forks the workers, so that the driver never forks while threads run.
 
-    driver ── start (recipe, descriptors) | kill ──> nursery ── fork ──> worker
-    driver <── pid ──────────────────────────────── nursery
-    driver <══ epitaph: how the worker ended ══════ nursery (one pipe per worker)
+    driver ── start (recipe, descriptors) ──> keeper ── fork ──> worker
+    driver <── pid, pidfd ─────────────────── keeper ── fork ──> spare keeper, which waits
+    driver <══ epitaph: how a worker ended ══ keeper (one pipe per worker)
+    driver ══ lifeline: breaks when the driver dies ══> keepers and workers, which die then
 
-It is forked when the backend is made, and so holds the plan's recipes as they are, closures included.
-It runs no user code. It ends with the driver, and its workers with it.
+The first keeper is forked when the backend is made, and so holds the plan's recipes as they are, closures
+included. It runs no user code. Nothing hangs on its life: its workers die with the driver and not with it,
+their deaths are seen by pidfd, and the spare, which never had threads either, takes its place.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import socket
 import stat
 import struct
 import sys
+import threading
 import traceback
 import warnings
 from multiprocessing.context import ForkProcess
@@ -32,181 +35,337 @@ from typing import Any, NoReturn
 
 from jobq.backend import Plan
 from jobq.backends import child
-from jobq.backends.channel import close
+from jobq.backends.channel import close, readable
+from jobq.errors import BackendUnavailable
 
 LENGTH = struct.Struct("<I")
-STARTED = struct.Struct("<ii")  # pid, errno
+STARTED = struct.Struct("<iii")  # pid, errno, whether a pidfd comes along
+GREETING = struct.Struct("<i")  # the pid of a spare
 STATUS = struct.Struct("<i")
 #: Seconds to wait for a process that does nothing but fork.
 PATIENCE = 30
 #: Seconds to wait for killed processes before leaving them to the system.
 REAPING = 5
+#: Seconds to wait for the keeper to say how a worker ended that has ended for certain.
+MOURNING = 1
+#: A request that is no worker's: fork a spare keeper, which is reached by the socket that comes along.
+SPARE = ""
 
 
 class NurseryLost(Exception):
-    """The process that forks workers is gone, and its workers with it."""
+    """The keeper was killed before it answered (it may have forked), and another has taken its place."""
 
 
 class Nursery:
-    """The driver's end of a nursery."""
+    """The driver's end: the keeper that forks workers now, and the one that would take its place."""
 
     def __init__(self, plan: Plan) -> None:
-        self._requests, theirs = socket.socketpair()
-        broken, self._lifeline = os.pipe()
-        # Flushed now, else every worker repeats what is in the buffers.
-        files = child.open_files() if _files_are_open() else []
-        child.flush((*files, sys.stdout, sys.stderr))
-        driver = os.getpid()
-        with warnings.catch_warnings():
-            # Python 3.12 warns of any thread, also a C library's: whether to fork was decided before.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            self.pid = os.fork()
-        if self.pid == 0:
-            try:
-                self._requests.close()
-                os.close(self._lifeline)
-                _Keeper(plan, theirs, broken, driver, files).run()
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(1)
-        theirs.close()
-        os.close(broken)
-        self._requests.settimeout(PATIENCE)
+        self._plan = plan
+        self._broken, self._lifeline = os.pipe()
+        self._spare: _Contact | None = None
+        try:
+            self._keeper = self._fork_keeper()
+        except BaseException:
+            os.close(self._broken)
+            os.close(self._lifeline)
+            raise
+        self._have_a_spare()
+
+    @property
+    def pid(self) -> int:
+        """The process that forks workers now."""
+        return self._keeper.pid
+
+    @property
+    def spare_pid(self) -> int | None:
+        """The process that would take its place."""
+        return None if self._spare is None else self._spare.meet()
 
     def start(self, name: str, recipe: str, descriptors: list[int]) -> Forked:
         """
         Fork a worker that owns *descriptors* (inbox, outbox, page).
 
-        Raises `OSError` if the system has no more processes, memory or descriptors, and
-        `NurseryLost` if somebody killed the nursery.
+        Raises `OSError` if the system has no more processes, memory or descriptors, `NurseryLost` if somebody
+        killed the keeper (try again, with a new channel: a worker may hold this one), and
+        `BackendUnavailable` if there can't be another keeper.
         """
         epitaph, theirs = os.pipe()
         try:
-            request = marshal.dumps((name, recipe))
-            socket.send_fds(self._requests, [LENGTH.pack(len(request)), request], [*descriptors, theirs])
-            reply = _receive(self._requests, STARTED.size)
-            pid, number = STARTED.unpack(reply)
-            if number:
-                raise OSError(number, f"can't start worker {name}: {os.strerror(number)}")
+            pid, pidfd = self._keeper.fork(name, recipe, [*descriptors, theirs])
         except BaseException as error:
             os.close(epitaph)
             if isinstance(error, ConnectionError | EOFError | TimeoutError):
+                self._replace_keeper()
                 raise NurseryLost from error
             raise
         finally:
             os.close(theirs)
-        return Forked(self, pid, epitaph)
-
-    def kill(self, pid: int) -> None:
-        """Kill a worker; one that has ended is left in peace."""
-        request = marshal.dumps(pid)
-        with contextlib.suppress(OSError):  # no nursery, no workers
-            self._requests.sendall(LENGTH.pack(len(request)) + request)
+        self._have_a_spare()
+        return Forked(pid, pidfd, epitaph)
 
     def close(self) -> None:
-        """Kill the workers and the nursery, and wait until they are gone. Idempotent."""
-        if self.pid == 0:
-            return
-        self._requests.settimeout(REAPING)
-        try:
-            self._requests.shutdown(socket.SHUT_WR)
-            while self._requests.recv(4096):  # until it has ended
-                pass
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.kill(self.pid, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):  # the embedding program may reap what it didn't start
-            os.waitpid(self.pid, 0)
-        self.pid = 0
+        """Kill the keepers and their workers, and wait until they are gone. Idempotent."""
+        if self._spare is not None:
+            self._spare.end()  # before its parent
+            self._spare = None
+        self._keeper.end()
         self.forget()
 
     def forget(self) -> None:
         """Close the descriptors only. Idempotent."""
-        self._requests.close()
-        lifeline, self._lifeline = self._lifeline, -1
-        close(lifeline)
+        self._keeper.forget()
+        if self._spare is not None:
+            self._spare.forget()
+        fds = (self._broken, self._lifeline)
+        self._broken = self._lifeline = -1
+        for fd in fds:
+            close(fd)
+
+    def _replace_keeper(self) -> None:
+        lost, spare, self._spare = self._keeper, self._spare, None
+        lost.bury()
+        if spare is not None and (spare.meet() is None or spare.lost):
+            spare.forget()
+            spare = None
+        if spare is not None:
+            self._keeper = spare
+        elif threads_run():
+            raise BackendUnavailable(
+                "both processes that fork workers were killed, and forking another is not safe "
+                "while threads run; start_method='forkserver' can't lose them"
+            )
+        else:
+            self._keeper = self._fork_keeper()
+        self._have_a_spare()
+
+    def _have_a_spare(self) -> None:
+        """Ask for a spare if none lives. Where there can't be one now, the next start asks again."""
+        if self._spare is not None:
+            if not self._spare.lost:
+                return
+            self._spare.forget()
+            self._spare = None
+        with contextlib.suppress(OSError):
+            self._spare = self._keeper.fork_spare()
+
+    def _fork_keeper(self) -> _Contact:
+        ours, theirs = socket.socketpair()
+        # Flushed now, else every worker repeats what is in the buffers.
+        files = child.open_files() if _files_are_open() else []
+        child.flush((*files, sys.stdout, sys.stderr))
+        driver, lifeline = os.getpid(), os.dup(self._broken)
+        with warnings.catch_warnings():
+            # Python 3.12 warns of any thread, also a C library's: whether to fork was decided before.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
+        if pid == 0:
+            try:
+                ours.close()
+                close(self._broken)
+                close(self._lifeline)
+                _Keeper(self._plan, lifeline, driver, files).run(theirs)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+        theirs.close()
+        os.close(lifeline)
+        return _Contact(ours, pid)
+
+
+class _Contact:
+    """The driver's connection to one keeper."""
+
+    def __init__(self, connection: socket.socket, pid: int = 0) -> None:
+        self._connection = connection
+        self.pid = pid
+        connection.settimeout(PATIENCE)
+
+    @property
+    def lost(self) -> bool:
+        """Whether the keeper is gone."""
+        try:
+            while readable(self._connection.fileno(), 0):
+                if self.pid or self.meet() is None:
+                    return not self._connection.recv(1, socket.MSG_PEEK)
+        except (OSError, ValueError):
+            return True
+        return False
+
+    def meet(self) -> int | None:
+        """Return the number of a spare, waiting until it is there; None if it never will be."""
+        if not self.pid:
+            try:
+                (self.pid,) = GREETING.unpack(_receive(self._connection, GREETING.size))
+            except (OSError, EOFError):
+                self.forget()
+                return None
+        return self.pid
+
+    def fork(self, name: str, recipe: str, descriptors: list[int]) -> tuple[int, int]:
+        """Have a worker forked; return its number and a pidfd, -1 where the system has none."""
+        kept_free = os.dup(descriptors[0])  # room for the pidfd
+        try:
+            self._request((name, recipe), descriptors)
+        finally:
+            os.close(kept_free)
+        data, fds, _, _ = socket.recv_fds(self._connection, STARTED.size, 1)
+        if not data:
+            raise EOFError
+        data += _receive(self._connection, STARTED.size - len(data))
+        pid, number, comes = STARTED.unpack(data)
+        if number:
+            raise OSError(number, f"can't start worker {name}: {os.strerror(number)}")
+        if comes and not fds:  # another thread took the room; the worker ends with its channel
+            raise OSError(errno.EMFILE, f"can't start worker {name}: {os.strerror(errno.EMFILE)}")
+        return pid, fds[0] if fds else -1
+
+    def fork_spare(self) -> _Contact:
+        """Have a spare keeper forked; doesn't wait for it."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                self._request(SPARE, [theirs.fileno()])
+            except BaseException:
+                ours.close()
+                raise
+        return _Contact(ours)
+
+    def end(self) -> None:
+        """Let the keeper kill its workers and end, and wait until it has. Idempotent."""
+        if self._connection.fileno() < 0:
+            return
+        self._connection.settimeout(REAPING)
+        try:
+            self._connection.shutdown(socket.SHUT_WR)
+            while self._connection.recv(4096):  # until it has ended
+                pass
+        except OSError:
+            self.bury()
+        self._reap()
+        self.forget()
+
+    def bury(self) -> None:
+        """Kill the keeper if it lives: one that doesn't answer is as good as dead."""
+        if self.meet() is not None:
+            pid = self.pid
+            with contextlib.suppress(OSError):
+                if not self.lost:  # else its number may be another's by now
+                    os.kill(pid, signal.SIGKILL)
+        self._reap()
+        self.forget()
+
+    def forget(self) -> None:
+        """Close the descriptor only. Idempotent."""
+        self._connection.close()
+
+    def _reap(self) -> None:
+        # A spare is no child of ours, and the embedding program may reap what it didn't start.
+        pid, self.pid = self.pid, 0
+        if pid:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
+
+    def _request(self, request: str | tuple[str, str], descriptors: list[int]) -> None:
+        data = marshal.dumps(request)
+        socket.send_fds(self._connection, [LENGTH.pack(len(data)), data], descriptors)
 
 
 class Forked:
     """A worker process, as its driver sees it. ``fd`` is readable when it has ended."""
 
-    def __init__(self, nursery: Nursery, pid: int, epitaph: int) -> None:
+    def __init__(self, pid: int, pidfd: int, epitaph: int) -> None:
         self.pid = pid
-        self.fd = epitaph
-        self._nursery = nursery
+        self.fd = epitaph if pidfd < 0 else pidfd
+        self._pidfd = pidfd
+        self._epitaph = epitaph
         self._how: str | None = None
         os.set_blocking(epitaph, False)
 
     def ended(self) -> str | None:
         """Return how the process ended, or None while it runs."""
-        if self._how is None:
+        if self._how is None and readable(self.fd, 0):
+            # The kernel tells a death a moment before the keeper does; one that was killed tells nothing.
+            readable(self._epitaph, MOURNING)
             try:
-                status = os.read(self.fd, STATUS.size)
-            except BlockingIOError:
-                return None
-            self._how = (
-                child.describe_exit(STATUS.unpack(status)[0])
-                if status
-                else "was lost with the process that forks the workers"
-            )
+                status = os.read(self._epitaph, STATUS.size)
+            except BlockingIOError:  # the keeper is suspended
+                status = b""
+            if status:
+                self._how = child.describe_exit(STATUS.unpack(status)[0])
+            elif self._pidfd >= 0:
+                self._how = "ended, how is not known"
+            else:  # without pidfd nobody would see it end; it can't answer, and ends with the driver
+                self._how = "was lost with the process that forks the workers"
         return self._how
 
     def kill(self) -> None:
         """Kill the process if it still runs."""
-        if self.fd >= 0 and self.ended() is None:  # its number may be another worker's by now
-            self._nursery.kill(self.pid)
+        if self.fd < 0 or self.ended() is not None:
+            return
+        with contextlib.suppress(OSError):
+            if self._pidfd >= 0:
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            else:
+                os.kill(self.pid, signal.SIGKILL)
 
     def release(self) -> None:
-        """Close the descriptor. Idempotent."""
-        fd, self.fd = self.fd, -1
-        close(fd)
+        """Close the descriptors, when the process has gone. Idempotent."""
+        if self.fd >= 0 and self.ended() is None:
+            self.kill()
+            readable(self.fd, REAPING)
+        self.forget()
 
-    forget = release
+    def forget(self) -> None:
+        """Close the descriptors only. Idempotent."""
+        fds = {self._pidfd, self._epitaph}
+        self.fd = self._pidfd = self._epitaph = -1
+        for fd in fds:
+            close(fd)
 
 
 class _Keeper:
-    """The nursery itself, in its own process."""
+    """The process that forks, from inside. A spare is a fork of it."""
 
-    def __init__(
-        self, plan: Plan, requests: socket.socket, lifeline: int, driver: int, files: list[io.IOBase]
-    ) -> None:
+    def __init__(self, plan: Plan, lifeline: int, driver: int, files: list[io.IOBase]) -> None:
         self._plan = plan
         self._files = files
-        self._requests = requests
+        self._lifeline = lifeline
         self._epitaphs: dict[int, int] = {}
         # Signals of the terminal or of a process group are the driver's to react to.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - {signal.SIGCHLD})
-        child.die_with(lifeline)
-        if os.getppid() != driver:
+        self._driver = -1
+        with contextlib.suppress(OSError, AttributeError):
+            self._driver = os.pidfd_open(driver)
+        if os.getppid() != driver:  # it has died meanwhile
             os._exit(1)
-        self._worker_lifeline, self._life = os.pipe()
-        self._bell, bell = os.pipe()
-        for fd in (self._bell, bell):
-            os.set_blocking(fd, False)
-        signal.set_wakeup_fd(bell, warn_on_full_buffer=False)
-        self._inner = (requests.fileno(), self._life, self._bell, bell)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         atexit._clear()  # the driver's hooks are not ours to run
         gc.freeze()  # what a worker opens can be told from what it inherits, and pages stay shared
 
-    def run(self) -> NoReturn:
+    def run(self, requests: socket.socket) -> NoReturn:
+        """Serve the driver's requests, until it wants no more or is gone."""
+        self._requests = requests
+        child.die_with(os.dup(self._lifeline))
+        self._bell, bell = os.pipe()
+        for fd in (self._bell, bell):
+            os.set_blocking(fd, False)
+        signal.set_wakeup_fd(bell, warn_on_full_buffer=False)
+        self._own = (requests.fileno(), self._bell, bell)
         poll = select.poll()
-        for fd in (self._requests.fileno(), self._bell):
-            poll.register(fd, select.POLLIN)
-        with contextlib.suppress(OSError, AttributeError):
-            poll.register(os.pidfd_open(os.getppid()), select.POLLIN)
-        watched = {self._requests.fileno(), self._bell}
+        for fd in (requests.fileno(), self._bell, self._driver):
+            if fd >= 0:
+                poll.register(fd, select.POLLIN)
         try:
             while True:
                 ready = {fd for fd, _ in poll.poll()}
-                if ready - watched:
+                if self._driver in ready:
                     break
                 if self._bell in ready:
                     with contextlib.suppress(BlockingIOError):
                         os.read(self._bell, 4096)
                     self._reap()
-                if self._requests.fileno() in ready:
+                if requests.fileno() in ready:
                     self._serve()
         except (EOFError, ConnectionError):
             pass
@@ -216,17 +375,23 @@ class _Keeper:
         length, fds, _, _ = socket.recv_fds(self._requests, LENGTH.size, 4)
         if not length:
             raise EOFError
-        length += _receive(self._requests, LENGTH.size - len(length)) if len(length) < LENGTH.size else b""
+        length += _receive(self._requests, LENGTH.size - len(length))
         request: Any = marshal.loads(_receive(self._requests, LENGTH.unpack(length)[0]))
-        if isinstance(request, int):
-            if request in self._epitaphs:
-                os.kill(request, signal.SIGKILL)
+        if request == SPARE:
+            self._fork_spare(fds)
             return
         name, recipe = request
-        pid, number = self._fork(name, recipe, fds)
-        self._requests.sendall(STARTED.pack(pid, number))
+        pid, number = self._fork_worker(name, recipe, fds)
+        with contextlib.ExitStack() as given:
+            pidfds = []
+            if pid:
+                with contextlib.suppress(OSError, AttributeError):
+                    # Opened here: the number can't be another's as long as we have not reaped.
+                    pidfds.append(os.pidfd_open(pid))
+                    given.callback(os.close, pidfds[0])
+            socket.send_fds(self._requests, [STARTED.pack(pid, number, len(pidfds))], pidfds)
 
-    def _fork(self, name: str, recipe: str, fds: list[int]) -> tuple[int, int]:
+    def _fork_worker(self, name: str, recipe: str, fds: list[int]) -> tuple[int, int]:
         try:
             if len(fds) < 4:
                 return 0, errno.EMFILE  # the kernel drops what doesn't fit into our table
@@ -244,10 +409,10 @@ class _Keeper:
 
     def _become_worker(self, name: str, recipe: str, fds: list[int]) -> NoReturn:
         try:
-            for fd in (*self._inner, fds[3], *self._epitaphs.values()):
-                os.close(fd)
-            self._requests.detach()
-            ends = child.Ends(*map(child.Descriptor, (*fds[:3], self._worker_lifeline)))
+            self._shed()
+            os.close(fds[3])
+            close(self._driver)
+            ends = child.Ends(*map(child.Descriptor, (*fds[:3], self._lifeline)))
             options = {
                 "daemon": self._plan.daemon.get(recipe, True),
                 "recipe": self._plan.recipes[recipe],
@@ -258,8 +423,33 @@ class _Keeper:
         finally:
             os._exit(1)
 
+    def _fork_spare(self, fds: list[int]) -> None:
+        with contextlib.suppress(OSError):  # the driver sees the socket close, and asks again
+            if fds and os.fork() == 0:
+                self._become_spare(fds[0])
+        for fd in fds:
+            os.close(fd)
+
+    def _become_spare(self, fd: int) -> NoReturn:
+        try:
+            self._shed()
+            self._epitaphs = {}
+            requests = socket.socket(fileno=fd)
+            requests.sendall(GREETING.pack(os.getpid()))
+            self.run(requests)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+
+    def _shed(self) -> None:
+        """Close, in a fork, what is this keeper's alone: who holds it would hide its death."""
+        for fd in (*self._own, *self._epitaphs.values()):
+            os.close(fd)
+        self._requests.detach()
+
     def _reap(self, *, wait: bool = False) -> None:
-        while self._epitaphs:
+        while True:
             try:
                 pid, status = os.waitpid(-1, 0 if wait else os.WNOHANG)
             except ChildProcessError:
@@ -275,8 +465,18 @@ class _Keeper:
     def _end(self) -> NoReturn:
         for pid in self._epitaphs:
             os.kill(pid, signal.SIGKILL)
-        self._reap(wait=True)
+        self._reap(wait=True)  # the spare too, which was told to end before us
         os._exit(0)
+
+
+def threads_run() -> bool:
+    """
+    Return whether this process has Python threads besides the calling one.
+
+    Threads of C libraries don't count: those that matter (OpenBLAS, glibc's resolver) put their locks right
+    after a fork, and with numpy imported nobody could fork otherwise.
+    """
+    return threading.active_count() > 1
 
 
 def _receive(connection: socket.socket, count: int) -> bytes:

@@ -12,7 +12,6 @@ import errno
 import os
 import selectors
 import sys
-import threading
 import weakref
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -21,11 +20,13 @@ from typing import ClassVar, Protocol
 from jobq.backend import Plan, Waitable, blank_page, page_words
 from jobq.backends.channel import Incoming, Outgoing, SharedPage, close, make_page_file, widen
 from jobq.backends.launcher import Launcher
-from jobq.backends.nursery import Nursery, NurseryLost
+from jobq.backends.nursery import Nursery, NurseryLost, threads_run
 from jobq.errors import BackendUnavailable, BrokenChannel, EndOfChannel
 from jobq.wire import MAGIC, PREFIX, Answer, Bye, Codec, Hello, Order, PickleCodec, Said, unpack
 
 START_METHODS = ("auto", "fork", "forkserver", "spawn")
+#: How often to try to start one worker while somebody kills what forks it.
+TRIES = 3
 
 
 class Inbox(Protocol):
@@ -260,6 +261,13 @@ class ProcessBackend:
 
         Raises `OSError` where the system refuses a process or a descriptor: trying later may help.
         """
+        for _ in range(TRIES):
+            # Each time with a new channel: a worker that was forked all the same holds the old one.
+            with contextlib.suppress(NurseryLost):
+                return self._start(name, recipe)
+        raise BackendUnavailable(f"the process that forks workers was killed {TRIES} times in a row")
+
+    def _start(self, name: str, recipe: str) -> ProcessWorker:
         with contextlib.ExitStack() as undo:
             inbox = self.make_inbox()
             undo.callback(inbox.abandon)
@@ -296,11 +304,7 @@ class ProcessBackend:
 
     def _launch(self, name: str, recipe: str, descriptors: list[int], inbox: Inbox) -> Process:
         if self._nursery is not None:
-            try:
-                return self._nursery.start(name, recipe, descriptors)
-            except NurseryLost:
-                self._replace_nursery()
-                return self._nursery.start(name, recipe, descriptors)
+            return self._nursery.start(name, recipe, descriptors)
         assert self._launcher is not None
         process = self._launcher.start(name, recipe, descriptors)
         pickled = self._launcher.recipes[recipe]
@@ -316,16 +320,6 @@ class ProcessBackend:
         if self._launcher is not None:
             self._launcher.forget()
         self._workers = []
-
-    def _replace_nursery(self) -> None:
-        assert self._nursery is not None
-        self._nursery.close()
-        if threads_run():
-            raise BackendUnavailable(
-                "the process that forks the workers was killed, and forking another is not safe "
-                "while threads run; start_method='forkserver' can't lose it"
-            )
-        self._nursery = Nursery(self._plan)
 
 
 _backends: weakref.WeakSet[ProcessBackend] = weakref.WeakSet()
@@ -364,16 +358,6 @@ def choose_start_method(asked: str) -> str:
     if asked != "auto":
         return asked
     return "fork" if sys.platform == "linux" and not threads_run() else "forkserver"
-
-
-def threads_run() -> bool:
-    """
-    Return whether this process has Python threads besides the calling one.
-
-    Threads of C libraries don't count: those that matter (OpenBLAS, glibc's resolver) put their locks right
-    after a fork, and with numpy imported nobody could fork otherwise.
-    """
-    return threading.active_count() > 1
 
 
 @contextlib.contextmanager

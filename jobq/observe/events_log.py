@@ -45,6 +45,7 @@ class LogObserver:
                 self._say("info", _started(event), pipeline=event.pipeline, backend=event.backend)
             case WorkerLostEvent():
                 about = {"stage": event.stage, "worker": event.worker, "pid": event.pid}
+                about |= _below(event.reason)
                 self._say("warning", _lost(event), **about, in_hand=event.in_hand, put_back=event.put_back)
             case JobRetried():
                 self._retry(event)
@@ -93,6 +94,8 @@ class LogObserver:
         said = {"stage": letter.stage, "worker": worker, "job": letter.job, "error": letter.error}
         if letter.traceback:
             said["traceback"] = letter.traceback
+        elif letter.error == "WorkerLost":
+            said |= _below(letter.message)
         self._say("error", _gave_up(letter, item), **said)
         if self._failed == TOLD_IN_FULL:
             self._say("warning", f"{TOLD_IN_FULL} jobs failed; further ones are only counted")
@@ -122,10 +125,10 @@ def _worker(stage: str, worker: str, pid: int | None) -> str:
 
 
 def _lost(event: WorkerLostEvent) -> str:
-    worker = _worker(event.stage, event.worker, event.pid)
+    worker, reason = _worker(event.stage, event.worker, event.pid), event.reason.partition("\n")[0]
     if not event.in_hand:
         fate = f"; {_items(event.put_back)} that it had not begun go to others" if event.put_back else ""
-        return f"{worker} {event.reason}{fate}"
+        return f"{worker} {reason}{fate}"
     shown = ", ".join(map(str, event.in_hand[:5])) + (", …" if len(event.in_hand) > 5 else "")
     several = len(event.in_hand) > 1
     fate = ""
@@ -133,12 +136,13 @@ def _lost(event: WorkerLostEvent) -> str:
         fate = "; the items go to other workers" if several else "; the item goes to another worker"
     if event.delivery is not None and event.max_deliveries is not None:
         fate += f", attempt {event.delivery} of {event.max_deliveries}"
-    return f"{worker} {event.reason} while on item{'s' * several} {shown}{fate}"
+    return f"{worker} {reason} while on item{'s' * several} {shown}{fate}"
 
 
 def _gave_up(letter: DeadLetter, item: str | None) -> str:
     if letter.job is None:
-        return f"producer {letter.stage} stopped: {_reason(letter.error, letter.message)}"
+        message = letter.message.partition("\n")[0] if letter.error == "WorkerLost" else letter.message
+        return f"producer {letter.stage} stopped: {_reason(letter.error, message)}"
     if letter.error == "WorkerLost":
         times = f"{letter.deliveries} times" if letter.deliveries > 1 else "once"
         what = f": {item[:200]}" if item else ""
@@ -148,6 +152,12 @@ def _gave_up(letter: DeadLetter, item: str | None) -> str:
 
 def _reason(error: str, message: str) -> str:
     return f"{error}: {message}" if message else error
+
+
+def _below(reason: str) -> dict[str, str]:
+    """Return, as a field, the traceback below the first line of a worker's end."""
+    traceback = reason.partition("\n")[2]
+    return {"traceback": traceback} if traceback else {}
 
 
 def _stopping(event: Stopping) -> str:

@@ -1,0 +1,72 @@
+"""Which source items are still on their way, and what came of them: for whoever waits for one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jobq.wire import Block, Failure, Part
+
+
+@dataclass(slots=True)
+class Fate:
+    """
+    What became of one source item so far.
+
+    ``result`` is the result that settled last of all its descendants, ``failure`` the first dead one's (with
+    its stage and job). ``open`` counts what of it is queued, in flight or held.
+    """
+
+    open: int = 0
+    result: Block | None = None
+    failure: tuple[Failure, str, Part | None] | None = None
+    cancelled: bool = False
+
+
+class Lineage:
+    """The fates of source items by number. ``settled`` is for the driver to empty."""
+
+    def __init__(self) -> None:
+        self.settled: list[tuple[int, Fate]] = []
+        self._fates: dict[int, Fate] = {}
+
+    def __len__(self) -> int:
+        return len(self._fates)
+
+    def begin(self, root: int) -> None:
+        """Follow a source item from now on; it is held until `end` is called for it once."""
+        self._fates[root] = Fate(open=1)
+
+    def add(self, roots: Iterable[int]) -> None:
+        """Count one descendant more for each of *roots*."""
+        for root in roots:
+            self._fates[root].open += 1
+
+    def gave(self, roots: Iterable[int], block: Block) -> None:
+        """Note a block of results, one for each of *roots*."""
+        for index, root in enumerate(roots):
+            self._fates[root].result = block.take(index, index + 1)
+
+    def died(self, roots: Iterable[int], failure: Failure, stage: str, part: Part | None) -> None:
+        """Note that a descendant of each of *roots* is dead."""
+        for root in roots:
+            fate = self._fates[root]
+            if fate.failure is None:
+                fate.failure = (failure, stage, part)
+
+    def cancelled(self, roots: Iterable[int]) -> None:
+        """Note that a descendant of each of *roots* never came to its end."""
+        for root in roots:
+            self._fates[root].cancelled = True
+        self.end(roots)
+
+    def end(self, roots: Iterable[int]) -> None:
+        """Count one descendant less for each of *roots*: a source item without any is settled."""
+        for root in roots:
+            fate = self._fates[root]
+            fate.open -= 1
+            if not fate.open:
+                del self._fates[root]
+                self.settled.append((root, fate))

@@ -1,0 +1,63 @@
+"""`jobq.map`: one function over many items, in the calling program's loop."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from jobq.pipeline import Pipeline
+from jobq.stage import ConsumerOptions
+
+Function = Callable[..., Any]
+
+
+class Mapped:
+    """A function as a stage that takes and gives anything: its own annotations don't matter."""
+
+    def __init__(self, function: Function) -> None:
+        self.function = function
+        self.__name__ = getattr(function, "__name__", type(function).__name__)
+
+    def __call__(self, item: Any) -> Any:
+        """Return what the function gives for *item*."""
+        return self.function(item)
+
+
+class MappedAsync(Mapped):
+    """The same for ``async def``."""
+
+    async def __call__(self, item: Any) -> Any:
+        """Return what the function gives for *item*."""
+        return await self.function(item)
+
+
+def map(  # noqa: A001  # the contract's name: jobq.map
+    function: Function, items: Iterable[Any], *, ordered: bool = True, **options: Any
+) -> Iterator[Any]:
+    """
+    Yield ``function(item)`` for each of *items*, computed by workers.
+
+    Lazy on both sides: nothing starts before the first ``next()``, and *items* (which may be endless) is read
+    only so far ahead as the stage's queue holds. One output for each input, in order unless *ordered* is
+    False. An item that fails raises at its turn and ends the run; leaving the loop stops it. *options* are
+    those of a consumer (``workers=``, ``concurrency=``, …) and of a run (``backend=``, …).
+    """
+    stage = {name: options.pop(name) for name in list(options) if name in _CONSUMER_OPTIONS}
+    mapped = MappedAsync(function) if inspect.iscoroutinefunction(function) else Mapped(function)
+    pipeline = Pipeline(mapped.__name__)
+    pipeline.consumer(mapped, validate=False, **stage)
+    return _results(pipeline, items, ordered, options)
+
+
+def _results(
+    pipeline: Pipeline, items: Iterable[Any], ordered: bool, options: dict[str, Any]
+) -> Iterator[Any]:
+    with pipeline.open(**options) as session:
+        results = session.map(items) if ordered else session.map_unordered(items)
+        with contextlib.closing(results):
+            yield from results
+
+
+_CONSUMER_OPTIONS = {field.alias or name for name, field in ConsumerOptions.model_fields.items()} - {"params"}
