@@ -56,6 +56,7 @@ __all__ = [
     "map",
 ]
 
+#: Where the public names are that are not errors.
 _HOMES = {
     "map": "jobq.mapping",
     "Pipeline": "jobq.pipeline",
@@ -65,13 +66,14 @@ _HOMES = {
     "Shard": "jobq.stage",
 }
 
+if not TYPE_CHECKING:  # a type checker would take any name for one of ours
 
-def __getattr__(name: str) -> object:
-    """Import a public name when it is first asked for: ``jobq --help`` needs not wait for pydantic."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_HOMES.get(name, "jobq.errors")), name)
-    return value
+    def __getattr__(name: str) -> object:
+        """Import a public name when it is first asked for: ``jobq --help`` needs not wait for pydantic."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(_HOMES.get(name, "jobq.errors")), name)
+        return value
 
 
 def __dir__() -> list[str]:

@@ -399,7 +399,8 @@ class Driver:
             self._replace(pool, member, reason, blameless=not tickets and decoding is None)
 
     def _lost_producer(self, line: Line, name: str, reason: str) -> None:
-        if name in line.ended or self.ending.level or self.ending.halted or self.ending.killed:
+        if name in line.ended or self.stops or self.ending.halted or self.ending.killed:
+            self.ending.interrupted |= bool(self.stops) and name not in line.ended
             self.scheduler.end_producer(line, name)
         else:
             self.scheduler.lost_producer(line, name, reason)

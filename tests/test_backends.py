@@ -9,10 +9,12 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from multiprocessing.queues import JoinableQueue, Queue
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,12 +23,15 @@ import pytest
 
 from jobq import backends
 from jobq.backend import Backend, Plan, Preload, Worker
+from jobq.backends.child import describe_failure
 from jobq.backends.joinable import JoinableInbox
+from jobq.backends.memory import OutOfMemory
 from jobq.backends.nursery import Nursery
 from jobq.backends.processes import ProcessBackend, choose_start_method
 from jobq.backends.sentinel import SentinelInbox
 from jobq.backends.thread import ThreadBackend, ThreadWorker
 from jobq.errors import BackendUnavailable, BrokenChannel, EndOfChannel
+from jobq.load import UNGUARDED
 from jobq.testing import Bench, Recipe, check_backend, echo
 from jobq.wire import Answer, Grant, Hello, Said
 from tests.recipes import interrupt, plan
@@ -214,6 +219,66 @@ def test_a_death_is_seen_though_a_grandchild_holds_the_channel_open(start_method
         os.kill(grandchild, signal.SIGKILL)
 
     assert str(rest.end) == "was killed by SIGKILL"
+
+
+def test_a_kill_for_want_of_memory_is_guessed_once_for_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = Path(tmp_path, "memory.events")
+    counts.write_text("oom 0\noom_kill 3\noom_group_kill 0\n")
+    monkeypatch.setattr("jobq.backends.processes.events_file", lambda: counts)
+    ends = []
+    with bench() as made:
+        workers = [made.start("echo") for _ in range(3)]
+        for worker, count in zip(workers, (3, 4, 4), strict=True):
+            made.hello(worker)
+            assert worker.pid is not None
+            counts.write_text(f"oom 0\noom_kill {count}\n")
+            os.kill(worker.pid, signal.SIGKILL)
+            ends.append(str(made.hear_the_end(worker).end))
+
+    assert ends == [
+        "was killed by SIGKILL",
+        "was killed by SIGKILL (out of memory?)",
+        "was killed by SIGKILL",
+    ]
+
+
+@pytest.mark.parametrize("text", [None, "", "oom_kill", "oom_kill many", "oom 9"])
+def test_a_count_of_kills_that_cant_be_read_explains_nothing(text: str | None, tmp_path: Path) -> None:
+    counts = Path(tmp_path, "memory.events")
+    if text is not None:
+        counts.write_text(text)
+
+    assert not OutOfMemory(counts).explains_a_death()
+
+
+@pytest.mark.parametrize("name", [*PROCESSES, "thread", "inline"])
+def test_a_worker_that_cant_go_on_says_why_in_its_first_line_and_where_below(name: str) -> None:
+    with bench(name) as made:
+        worker = made.start("failing")
+        made.send(worker, 0, [None])
+
+        sentence, _, below = str(made.hear_the_end(worker).end).partition("\n")
+
+    assert sentence == "could not go on: RuntimeError: no database"
+    assert below.startswith("Traceback (most recent call last):\n")
+    assert below.endswith("RuntimeError: no database")
+
+
+def test_a_failure_of_many_lines_is_named_by_the_first_that_says_what_it_is() -> None:
+    failures: list[BaseException] = [ValueError("one\ntwo"), ExceptionGroup("several", [ValueError("x")])]
+    try:
+        compile("def f(:", "some.py", "exec")
+    except SyntaxError as error:
+        error.add_note("a note")
+        failures.append(error)
+
+    assert [describe_failure(error).partition("\n")[0] for error in failures] == [
+        "could not go on: ValueError: one",
+        "could not go on: ExceptionGroup: several (1 sub-exception)",
+        "could not go on: SyntaxError: invalid syntax",
+    ]
 
 
 def test_half_a_frame_never_counts() -> None:
@@ -618,6 +683,70 @@ def test_closures_are_refused_where_they_cant_travel(start_method: str) -> None:
 
     with pytest.raises(BackendUnavailable, match=rf"tell can't be sent .* by {start_method}: .*'fork'"):
         backends.load("pipe")(Plan(recipes, start_method))  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("start_method", ["forkserver", "spawn"])
+@pytest.mark.parametrize("hidden", ["json", "pickle", "signal", "socket", "threading", "typing"])
+def test_the_current_folder_hides_nothing_of_the_standard_library_from_children(
+    hidden: str, start_method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path(tmp_path, f"{hidden}.py").write_text("raise RuntimeError('not the one you think')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    with bench("pipe", start_method) as made:
+        assert ask(made, made.start("echo"), 1) == [1]
+
+
+def test_a_driver_that_is_killed_leaves_no_file_of_its_fork_server(tmp_path: Path) -> None:
+    program = (
+        "import signal\n"
+        "from jobq.backends import load\n"
+        "from jobq.testing import Bench\n"
+        "with Bench(load('pipe'), 'forkserver') as bench:\n"
+        "    bench.hello(bench.start('echo'))\n"
+        "    print('up', flush=True)\n"
+        "    signal.pause()\n"
+    )
+    # So long a name that a socket could not be bound in it.
+    folder = Path(tmp_path, "t" * 100)
+    folder.mkdir()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(folder)}
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, env=environment, text=True
+    ) as driver:
+        assert driver.stdout is not None
+        up = driver.stdout.readline()
+        left = list(folder.iterdir())
+        driver.kill()
+
+    assert up == "up\n"
+    assert left == []
+
+
+def test_a_fork_server_that_was_killed_is_replaced_and_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with bench("pipe", "forkserver") as made:
+        assert ask(made, made.start("echo"), 1) == [1]
+        pid = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+        os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+
+        assert ask(made, made.start("echo"), 1) == [1]
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fork_server_that_can_not_import_the_program_says_main_guard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path(tmp_path, "unguarded.py").write_text(f"import os\nos._exit({UNGUARDED})\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with bench("pipe", "forkserver") as made:
+        forkserver.set_forkserver_preload(["unguarded"])
+
+        with pytest.raises(BackendUnavailable, match="main guard"):
+            made.start("echo")
 
 
 @pytest.mark.parametrize("start_method", ["forkserver", "spawn"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import jobq
 from jobq import Pipeline
 from jobq.backend import Preload
 from jobq.errors import PipelineError
@@ -142,12 +144,139 @@ def test_two_pipelines_are_named_and_none_is_said(here: Path) -> None:
         ("zoo_nowhere:pipeline", "No module named 'zoo_nowhere'"),
         ("a b.py:no name", "not understood"),
         (":pipeline", "not understood"),
+        ("", "not understood"),
+        ("no module", "not understood"),
+        ("zoo..lines:pipeline", "not understood"),
+        (".", "is a folder"),
+        ("..:pipeline", "is a folder"),
+        ("no.such.mod:pipeline", "No module named 'no'"),
+        ("email.nothing:pipeline", "No module named 'email.nothing'"),
+        ("json.decoder.nothing:pipeline", "'json.decoder' is not a package"),
+        ("x" * 5000, "File name too long"),
     ],
 )
 def test_a_target_that_is_not_there_is_named(here: Path, target: str, said: str) -> None:
     (here / "folder.py").mkdir()
 
-    assert said in problem(target)
+    told = problem(target)
+
+    assert said in told
+    assert "Traceback" not in told
+
+
+def test_a_module_that_imports_what_is_missing_is_told_with_the_place(here: Path) -> None:
+    (here / "zoo_lacks.py").write_text("import zoo_nowhere\n")
+
+    told = problem("zoo_lacks:pipeline")
+
+    assert 'zoo_lacks.py", line 1' in told
+    assert "No module named 'zoo_nowhere'" in told
+
+
+@pytest.mark.parametrize("file", ["json.py", "json/__init__.py"])
+def test_a_folder_that_would_hide_what_we_need_comes_behind_the_standard_library(
+    here: Path, file: str
+) -> None:
+    (here / file).parent.mkdir(exist_ok=True)
+    (here / file).write_text("raise RuntimeError\n")
+    (here / "zoo_hides.py").write_text(ONE)
+
+    load_target("zoo_hides.py")
+
+    library = str(Path(os.__file__).parent)
+    assert sys.path.index(library) < sys.path.index(str(here))
+    assert sys.path.count(library) == sys.path.count(str(here)) == 1
+    others = [entry for entry in sys.path if "site-packages" in entry]
+    assert all(sys.path.index(str(here)) < sys.path.index(other) for other in others)
+
+
+def test_a_folder_that_hides_what_nobody_needs_comes_first(here: Path) -> None:
+    assert "sndhdr" not in sys.modules
+    (here / "sndhdr.py").write_text("colour = 'green'\n")
+    (here / "zoo_owns.py").write_text("from sndhdr import colour\n" + ONE)
+
+    load_target("zoo_owns.py")
+
+    assert sys.path[0] == str(here)
+    assert sys.modules["sndhdr"].colour == "green"
+
+
+@pytest.mark.parametrize("start_method", ["fork", "forkserver", "spawn"])
+@pytest.mark.parametrize("neighbour", ["json", "queue", "types"])
+def test_a_pipeline_named_like_the_standard_library_runs_on_every_start_method(
+    here: Path, start_method: str, neighbour: str
+) -> None:
+    (here / "json.py").write_text(
+        "from collections.abc import Iterator\n"
+        "from jobq import Pipeline\n"
+        "import helping\n"
+        "pipeline = Pipeline('json')\n"
+        "@pipeline.producer\n"
+        "def numbers() -> Iterator[int]:\n"
+        "    yield from range(3)\n"
+        "@pipeline.consumer\n"
+        "def twice(number: int) -> int:\n"
+        "    return helping.TWO * number\n"
+    )
+    if neighbour != "json":
+        (here / f"{neighbour}.py").write_text("raise RuntimeError('not the one you think')\n")
+    (here / "helping.py").write_text("TWO = 2\n")
+    command = "from jobq.cli import main; main(prog_name='jobq')"  # what the installed script does
+
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", command, "run", "json.py", "--start-method", start_method, "-o", "-"],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split()) == ["0", "2", "4"]
+
+
+@pytest.mark.parametrize("start_method", ["forkserver", "spawn"])
+def test_a_program_without_main_guard_is_told_so_in_a_few_lines(here: Path, start_method: str) -> None:
+    (here / "unguarded.py").write_text(
+        "from collections.abc import Iterator\n"
+        "from jobq import Pipeline\n"
+        "pipeline = Pipeline('unguarded')\n"
+        "@pipeline.producer\n"
+        "def numbers() -> Iterator[int]:\n"
+        "    yield from range(3)\n"
+        "@pipeline.consumer\n"
+        "def same(number: int) -> int:\n"
+        "    return number\n"
+        f"pipeline.run(start_method={start_method!r})\n"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "unguarded.py"], capture_output=True, text=True, timeout=60, check=False
+    )
+
+    children, traceback, parent = done.stderr.partition("Traceback (most recent call last)")
+    assert done.returncode == 1
+    assert "jobq: unguarded.py:10 runs a pipeline while a worker process imports it.\n" in children
+    assert "main guard" in children
+    assert traceback, done.stderr
+    assert "main guard" in parent
+    assert "runpy" not in done.stderr
+    assert "freeze_support" not in done.stderr
+
+
+def test_the_package_is_light_until_a_name_is_used() -> None:
+    code = (
+        "import sys, jobq\n"
+        "assert not {'pydantic', 'jobq.pipeline', 'multiprocessing'} & set(sys.modules)\n"
+        "from jobq import *\n"
+        "assert [name for name in jobq.__all__ if name not in globals()] == []\n"
+        "assert Pipeline is jobq.Pipeline and 'pydantic' in sys.modules\n"
+    )
+
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_package_lists_its_public_names_and_has_no_others() -> None:
+    assert dir(jobq) == sorted(jobq.__all__)
+    with pytest.raises(AttributeError, match="module 'jobq' has no attribute 'Pipelin'"):
+        jobq.Pipelin  # type: ignore[attr-defined]  # noqa: B018
 
 
 def test_an_error_in_the_file_is_told_with_the_users_frames_alone(here: Path) -> None:

@@ -20,6 +20,7 @@ from typing import ClassVar, Protocol
 from jobq.backend import Plan, Waitable, blank_page, page_words
 from jobq.backends.channel import Incoming, Outgoing, SharedPage, close, make_page_file, widen
 from jobq.backends.launcher import Launcher
+from jobq.backends.memory import OutOfMemory, events_file
 from jobq.backends.nursery import Nursery, NurseryLost, threads_run
 from jobq.errors import BackendUnavailable, BrokenChannel, EndOfChannel
 from jobq.wire import MAGIC, PREFIX, Answer, Bye, Codec, Hello, Order, PickleCodec, Said, unpack
@@ -77,7 +78,16 @@ class Process(Protocol):
 class ProcessWorker:
     """The driver's end of the channel to one process."""
 
-    def __init__(self, name: str, inbox: Inbox, outbox: int, page: SharedPage, process: Process) -> None:
+    def __init__(
+        self,
+        name: str,
+        inbox: Inbox,
+        outbox: int,
+        page: SharedPage,
+        process: Process,
+        *,
+        out_of_memory: OutOfMemory,
+    ) -> None:
         self.name = name
         self.pid: int | None = process.pid
         self.page = page.words
@@ -86,7 +96,9 @@ class ProcessWorker:
         self._outbox = Incoming(outbox)
         self._memory = page
         self._process = process
+        self._out_of_memory = out_of_memory
         self._closing = False
+        self._killed = False  # by us
         self._silent = False  # nothing more can be read
         self._raised = False
         self._up = False
@@ -134,6 +146,7 @@ class ProcessWorker:
 
     def kill(self) -> None:
         """Kill the process; `receive` raises its end."""
+        self._killed = True
         self._process.kill()
 
     def release(self) -> None:
@@ -214,6 +227,8 @@ class ProcessWorker:
         raise EndOfChannel
 
     def _describe_moment(self, how: str) -> str:
+        if how == "was killed by SIGKILL" and not self._killed and self._out_of_memory.explains_a_death():
+            return " (out of memory?)"
         if not self._up:
             return " before it was ready"
         return " in the middle of its work" if how.startswith("exited") else ""
@@ -230,6 +245,7 @@ class ProcessBackend:
         self._plan = plan
         self._method = choose_start_method(plan.start_method)
         self._workers: list[ProcessWorker] = []
+        self._out_of_memory = OutOfMemory(events_file())
         self._nursery: Nursery | None = None
         self._launcher: Launcher | None = None
         if self._method == "fork":
@@ -285,7 +301,7 @@ class ProcessBackend:
                 descriptors = [inbox.stream.reader.fileno(), theirs, memory]
                 process = self._launch(name, recipe, descriptors, inbox)
             undo.pop_all()
-        worker = ProcessWorker(name, inbox, outbox, page, process)
+        worker = ProcessWorker(name, inbox, outbox, page, process, out_of_memory=self._out_of_memory)
         self._workers = [other for other in self._workers if not other.released]
         self._workers.append(worker)
         return worker
