@@ -16,9 +16,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jobq.annotations import EMPTY, Binding, Signature, accepts, read_parameter, read_signature, spell
+from jobq.annotations import EMPTY, Binding, Signature, accepts, read_signature, spell
 from jobq.errors import PipelineError
 from jobq.stage import Resource, Stage, describe
+from jobq.validation import read_parameter
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jobq.annotations import json_reader, read_signature, spell
+from jobq.annotations import read_signature, spell
 from jobq.errors import PayloadError, PipelineError
 from jobq.stage import ProducerOptions, Stage, describe
+from jobq.validation import json_reader
 from jobq.work import Unfit
 
 #: The name of the stage that stands for the producers.

@@ -21,11 +21,11 @@ from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from jobq.annotations import Validator
 from jobq.errors import JobqError, JoinTimeout, PayloadError
 from jobq.inlet import Entry, Inlet
 from jobq.letters import cannot_be_loaded, rebuild
 from jobq.lineage import Fate
+from jobq.validation import Validator
 from jobq.wire import Undecodable
 from jobq.work import key_of
 

@@ -20,12 +20,13 @@ from itertools import islice
 from operator import is_not
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from jobq.annotations import Router, Signature, Validator, read_signature, spell
+from jobq.annotations import Signature, read_signature, spell
 from jobq.backend import DECODING, HINT, IDLE, LANES, LIMIT, STOPPING, Port, Work
 from jobq.errors import Interrupted, PayloadError, Skip
 from jobq.failure import failure_of, refusal, safe_text
 from jobq.outbox import DONE, FAILED, FILTERED, ManyRoutes, NoTaker, OneRoute, Outbox, Packer, Piece, Tally
 from jobq.stage import Job, Resource, Shard, Stage
+from jobq.validation import Router, Validator
 from jobq.wire import SCALARS, Chunk, Codec, Failure, Grant, Order, Part, Undecodable
 
 if TYPE_CHECKING:

@@ -39,17 +39,9 @@ from pydantic import BaseModel, Field, PositiveInt, SecretStr, field_validator
 from typing_extensions import TypeAliasType
 from typing_extensions import TypedDict as ExtendedTypedDict
 
-from jobq.annotations import (
-    EMPTY,
-    Router,
-    Signature,
-    Validator,
-    accepts,
-    read_parameter,
-    read_signature,
-    spell,
-)
+from jobq.annotations import EMPTY, Signature, accepts, read_signature, spell
 from jobq.stage import ConsumerOptions, Job, ProducerOptions, Resource, Shard, Stage, locate
+from jobq.validation import Router, Validator, read_parameter
 
 if TYPE_CHECKING:
     from decimal import Decimal as Hidden

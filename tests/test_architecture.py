@@ -19,11 +19,25 @@ PACKAGE = Path(__file__).parent.parent / "jobq"
 LAYERS = (
     {"errors", "report", "events"},
     {"options", "outcome", "stage", "wire", "backend", "load"},
-    {"annotations", "backends", "failure", "graph", "ordering", "outbox", "policy", "results", "scheduler"},
-    {"inputs", "lanes", "letters", "work"},
+    {
+        "annotations",
+        "validation",
+        "backends",
+        "failure",
+        "graph",
+        "lineage",
+        "ordering",
+        "outbox",
+        "policy",
+        "results",
+        "scheduler",
+    },
+    {"inlet", "inputs", "lanes", "letters", "work"},
     {"pool", "driver"},
     {"running"},
+    {"session", "stream"},
     {"pipeline"},
+    {"mapping"},
     {"cli", "testing"},
 )
 #: Rooms that may import less than their layer may, and those that they may import (besides themselves).
@@ -38,7 +52,7 @@ HOSTS = {"work", "running", "pipeline", "cli", "testing"}
 #: lanes is built upon the one without, which opens it (and pays for asyncio only then).
 UPWARD = {("jobq.load", "jobq.pipeline"), ("jobq.work", "jobq.lanes")}
 #: Rooms that decide and do nothing: what they must not have at hand.
-PURE = {"graph", "ordering", "policy", "scheduler"}
+PURE = {"lineage", "ordering", "policy", "scheduler"}
 OUTSIDE_WORLD = {
     "multiprocessing",
     "os",

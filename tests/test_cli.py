@@ -516,3 +516,64 @@ def read_all(descriptor: int) -> str:
         except OSError:  # EIO: closed
             break
     return b"".join(parts).decode()
+
+
+BARE = """
+from collections.abc import Iterator
+from jobq import Pipeline
+
+pipeline = Pipeline("bare")
+
+@pipeline.producer
+def numbers() -> Iterator[int]:
+    yield 1
+
+@pipeline.consumer
+def same(number: int, db: str) -> int:
+    return number
+
+@pipeline.resource
+def db() -> str:
+    raise ConnectionError("no database\\nat all")
+"""
+
+
+@pytest.mark.parametrize("backend", ["pipe", "thread", "inline"])
+def test_a_worker_that_cant_go_on_is_told_in_a_sentence_and_a_traceback_once(
+    here: Path, backend: str
+) -> None:
+    (here / "bare.py").write_text(BARE)
+
+    done = ended("run", "bare.py", "-b", backend, "--log-format", "console")
+
+    sentence = r"worker 1 of stage same( \(pid \d+\))? could not go on: ConnectionError: no database(;.*)?\n"
+    assert re.search(sentence + r"Traceback \(most recent call last\):\n", done.stderr)
+    log = done.stderr.partition("\nstage ")[0]
+    assert log.count("could not go on: ConnectionError: no database") == 5
+    assert log.count("Traceback (most recent call last)") == 1
+    assert done.returncode == 3
+
+
+@pytest.mark.parametrize("target", [".", "no.such.mod:pipeline", "", "nowhere.py", "a b"])
+@pytest.mark.parametrize("command", ["run", "check", "graph"])
+def test_a_target_that_cant_be_found_is_a_paragraph_and_code_2(command: str, target: str) -> None:
+    done = jobq(command, target)
+
+    assert done.exit_code == 2
+    assert done.stderr.startswith("jobq: ")
+    assert len(done.stderr.splitlines()) <= 2
+    assert "Traceback" not in done.stderr
+
+
+def test_help_imports_nothing_that_only_a_run_needs() -> None:
+    code = (
+        "import sys, jobq.cli\n"
+        "try: jobq.cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print({'pydantic', 'structlog', 'rich', 'multiprocessing', 'jobq.pipeline'} & set(sys.modules))\n"
+    )
+
+    output = subprocess.check_output([sys.executable, "-c", code], text=True, timeout=60)
+
+    assert output.startswith("Usage:")
+    assert output.splitlines()[-1] == "set()"

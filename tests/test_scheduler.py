@@ -129,7 +129,7 @@ class World:
         return [one for one in self.scheduler.happened if isinstance(one, kind)]
 
     def results(self) -> list[Any]:
-        return [item for _, block, _ in self.scheduler.results for item in decode(block)]
+        return [item for _, block in self.scheduler.results for item in decode(block)]
 
 
 def decode(block: Any) -> list[Any]:

@@ -37,6 +37,7 @@ class LogObserver:
         self._failed = 0
         self._retried = 0
         self._cancelled = 0
+        self._tracebacks: set[str] = set()
 
     def __call__(self, event: Event) -> None:
         match event:
@@ -45,7 +46,7 @@ class LogObserver:
                 self._say("info", _started(event), pipeline=event.pipeline, backend=event.backend)
             case WorkerLostEvent():
                 about = {"stage": event.stage, "worker": event.worker, "pid": event.pid}
-                about |= _below(event.reason)
+                about |= self._told_once(_below(event.reason))
                 self._say("warning", _lost(event), **about, in_hand=event.in_hand, put_back=event.put_back)
             case JobRetried():
                 self._retry(event)
@@ -70,6 +71,12 @@ class LogObserver:
 
     def _say(self, level: str, sentence: str, /, **said: Any) -> None:
         getattr(self._log, level)(sentence, **{SAID: said})
+
+    def _told_once(self, below: dict[str, str]) -> dict[str, str]:
+        """Return *below* without a traceback that was told: replacements end as those that they replace."""
+        new = {name: text for name, text in below.items() if text not in self._tracebacks}
+        self._tracebacks.update(new.values())
+        return new
 
     def _retry(self, event: JobRetried) -> None:
         self._retried += 1
