@@ -392,7 +392,7 @@ class Driver:
         self._report_happenings()
         self._pass_results()
         self._tell_fates()
-        own_end = not reason.startswith("was killed")
+        own_end = not reason.startswith(("was killed", "ended, how is not known"))
         if not self._closing and own_end and not member.ready and not self._anybody_came_up:
             self._give_up(f"stage {line.name}: the first worker ended before it was ready: {reason}")
         elif not line.is_producer and not self._closing:
@@ -659,7 +659,9 @@ class Driver:
 
     def _give_up(self, why: str) -> None:
         if self.ending.gave_up is None:
-            self.ending.gave_up = f"{why}; giving up, {self.scheduler.unfinished} jobs unfinished"
+            first, line, rest = why.partition("\n")
+            unfinished = f"{first.rstrip(':')}; giving up, {self.scheduler.unfinished} jobs unfinished"
+            self.ending.gave_up = unfinished + line + rest
             self._stop_now()
 
     def _cancel_rest(self) -> None:

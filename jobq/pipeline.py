@@ -363,6 +363,8 @@ def _raise_or_report(outcome: Outcome, options: RunOptions) -> Report:
         raise JobsLost(f"the books don't balance, a bug in jobq: {outcome.unbalanced}", report)
     if outcome.signal is not None:
         raise KeyboardInterrupt
+    if outcome.gave_up is not None and "main guard" in outcome.gave_up:
+        raise PipelineError(outcome.gave_up)
     if outcome.gave_up is not None:
         raise RunFailed(outcome.gave_up, report)
     if options.check and outcome.unloadable:

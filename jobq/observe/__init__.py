@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -14,9 +15,21 @@ if TYPE_CHECKING:
 
 def log_settings(options: RunOptions) -> LogSettings | None:
     """Return how every process of the run logs; None leaves logging as it is."""
+    if options.log_level is None and options.log_format is None:
+        return None
     from jobq.observe.log import read_log_settings
 
     return read_log_settings(options.log_level, options.log_format, live=options.progress)
+
+
+def somebody_listens() -> bool:
+    """Whether the program has set up its logging so that lines of the logger "jobq" arrive somewhere."""
+    logger: logging.Logger | None = logging.getLogger("jobq")
+    while logger is not None:
+        if any(not isinstance(handler, logging.NullHandler) for handler in logger.handlers):
+            return True
+        logger = logger.parent if logger.propagate else None
+    return False
 
 
 @contextmanager
@@ -24,8 +37,12 @@ def observing(options: RunOptions) -> Iterator[list[Observer]]:
     """
     Give the observers that *options* ask for; inside the ``with`` this process logs as they say.
 
-    The log's observer is always among them: unless asked, nobody listens to it but the program's own logging.
+    The log's observer is among them if they ask for a log, or if the program's own logging listens.
     """
+    settings = options.log_level or options.log_format
+    if not (settings or options.progress or somebody_listens()):
+        yield []  # and nothing is imported: structlog alone takes longer than many a run
+        return
     from jobq.observe.events_log import LogObserver
     from jobq.observe.log import configure
     from jobq.observe.progress import LiveProgress
