@@ -1,11 +1,12 @@
 """
-Send each item where its type belongs: jobq run branch_by_type.py [-b BACKEND]
+Send each item where its type belongs: python branch_by_type.py [BACKEND]
 
 With queues of your own this is one queue for each type, `isinstance` in the sender, and an end of work to
 be told along each branch. Here the annotation `Invoice | Receipt` is the branch; what is neither fails as a
 dead letter.
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -37,14 +38,19 @@ def read(letter: str) -> Invoice | Receipt:
 
 
 @pipeline.consumer
-def pay(invoice: Invoice) -> None:
-    print(f"pay {invoice.cents}", flush=True)
+def pay(invoice: Invoice) -> str:
+    return f"paid {invoice.cents}"
 
 
 @pipeline.consumer
-def file_away(receipt: Receipt) -> None:
-    print(f"file {receipt.cents}", flush=True)
+def file_away(receipt: Receipt) -> str:
+    return f"filed {receipt.cents}"
+
+
+def main(backend: str = "joinable") -> None:
+    for what_happened in pipeline.stream(backend=backend):
+        print(what_happened)
 
 
 if __name__ == "__main__":
-    pipeline.run()
+    main(*sys.argv[1:])

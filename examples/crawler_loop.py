@@ -17,6 +17,7 @@ from urllib.request import urlopen
 
 from jobq import Pipeline
 
+Page = tuple[str, int]  # its URL and size
 pipeline = Pipeline("crawler_loop")
 SITE = {"/": ["/a", "/b"], "/a": ["/b", "/c", "/#top"], "/b": ["/", "/a"], "/c": ["/c", "/d"], "/d": []}
 
@@ -27,31 +28,32 @@ def start(root: str = "http://localhost:8000/") -> Iterator[str]:
 
 
 @pipeline.consumer(source=["start", "fetch"], workers=4, key=str, max_retries=2)
-def fetch(url: str, root: str = "http://localhost:8000/") -> Iterator[str]:
-    """Print the page's size; give the site's pages that it links to."""
+def fetch(url: str, root: str = "http://localhost:8000/") -> Iterator[str | Page]:
+    """Give the page, a result, and the site's URLs that it links to, which are to be fetched."""
     with urlopen(url, timeout=10) as answer:
-        page = answer.read().decode()
-    print(f"{url.removeprefix(root) or '.'}: {len(page)} characters", flush=True)
-    links = {urldefrag(urljoin(url, link)).url for link in re.findall(r'href="([^"]+)"', page)}
-    yield from sorted(link for link in links if link.startswith(root))
+        text = answer.read().decode()
+    yield url, len(text)
+    links = {urldefrag(urljoin(url, link)).url for link in re.findall(r'href="([^"]+)"', text)}
+    yield from (link for link in links if link.startswith(root))
 
 
-class Page(BaseHTTPRequestHandler):
+class Server(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.send_response(200)
         self.end_headers()
         self.wfile.write("".join(f'<a href="{link}">' for link in SITE[self.path]).encode())
 
-    def log_message(self, *_: object) -> None:
-        """Keep still."""
+    def log_message(self, *_: object) -> None: ...
 
 
 def main(backend: str = "joinable") -> None:
-    with ThreadingHTTPServer(("localhost", 0), Page) as server:
+    with ThreadingHTTPServer(("localhost", 0), Server) as server:
         threading.Thread(target=server.serve_forever).start()
-        report = pipeline.run(backend=backend, root=f"http://localhost:{server.server_port}/")
+        report = pipeline.run(backend=backend, root=f"http://localhost:{server.server_port}/", collect=True)
         server.shutdown()
-    print(f"{report.stages['fetch'].done} pages, {report.stages['fetch'].duplicates} links to pages known")
+    for url, size in report.results:
+        print(f"{url} has {size} characters")
+    print(report.stages["fetch"].duplicates, "links led to known pages")
 
 
 if __name__ == "__main__":

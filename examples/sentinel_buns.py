@@ -1,5 +1,5 @@
 """
-Two cooks, two eaters, ended by sentinels: jobq run sentinel_buns.py [-b BACKEND] [-w EATERS]
+Two cooks, two eaters, ended by sentinels: python sentinel_buns.py [BACKEND]
 
 The textbook puts one "done" for each consumer, counted by hand: change one number and some consumer waits
 for ever. A cook that puts "done" while the other still cooks ends the meal early, since its sentinel
@@ -8,11 +8,12 @@ also ends each worker by a sentinel, but sends it when every producer has ended 
 hand.
 """
 
+import sys
 from collections.abc import Iterator
 
 from jobq import Pipeline
 
-pipeline = Pipeline("sentinel_buns", backend="sentinel")
+pipeline = Pipeline("sentinel_buns")
 
 
 def cook(filling: str) -> Iterator[str]:
@@ -25,10 +26,15 @@ pipeline.producer(cook, name="kim", params={"filling": "bean"})
 
 
 @pipeline.consumer(workers=2)
-def eat(bun: str) -> None:
-    print(f"ate {bun}", flush=True)
+def eat(bun: str) -> str:
+    return f"ate {bun}"
+
+
+def main(backend: str = "sentinel") -> None:
+    report = pipeline.run(backend=backend, collect=True)
+    print(*report.results, sep="\n")
+    print(f"{report.stages['eat'].done} buns eaten")
 
 
 if __name__ == "__main__":
-    report = pipeline.run()
-    print(f"{report.stages['eat'].done} buns eaten")
+    main(*sys.argv[1:])

@@ -508,7 +508,8 @@ class Driver:
         """Take jobs back from behind a slow one while another worker has nothing to do."""
         name, line = pool.line.name, pool.line
         lanes = line.lanes // pool.size
-        if line.ready or line.flying <= lanes or pool.size == 1:
+        startable = line.ready and self.scheduler.startable(line)  # else those in flight hold all the room
+        if startable or line.flying <= lanes or pool.size == 1:
             self._checks.pop(name, None)
             return
         if self._checks.get(name, 0.0) > now:
@@ -516,6 +517,7 @@ class Driver:
         self._checks.pop(name, None)
         if not any(member.ready and member.load < lanes for member in pool.members):
             return
+        before = line.ready
         for member in pool.members:
             if member.recalled or not member.ready or member.load <= lanes:
                 continue
@@ -525,7 +527,7 @@ class Driver:
                 member.sample, member.sampled_at = begun, now
             elif now - member.sampled_at >= SLOW_SECONDS:
                 self._take_back(member)
-        if line.ready:
+        if line.ready > before:
             self._checks.pop(name, None)
             (self._give_batches(pool, now) if line.batch is not None else self._give_chunks(pool))
 

@@ -5,8 +5,8 @@ Sockets as items of process backends: the process that takes the item gets the s
     attendant: a thread with an abstract AF_UNIX address  <──ticket──   ──the descriptor──> socket  <───┘
 
 A socket can't be copied, so a ticket is good once: the peer of a worker that dies sees the end of its
-connection, and the job's next try is a dead letter that says why. `multiprocessing`'s own way leaves a
-socket file behind when the giver is killed, and pickles to a descriptor's bare number what isn't pickled by it.
+connection, and the job's next try is a dead letter that says why. `multiprocessing` has a way of its own,
+which leaves a socket file behind when the giver is killed.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class SocketPickler:
             Connection: self._reduce_connection,
         }
         # By itself a connection is pickled as its descriptor's number, which elsewhere is another file.
-        copyreg.pickle(Connection, _refuse)  # type: ignore[arg-type]  # it returns nothing: it raises
+        copyreg.pickle(Connection, _refuse)
 
     def dumps(self, item: Any) -> bytes:
         """Return *item* pickled as it is now; raises whatever pickling it raises."""
@@ -178,6 +178,7 @@ def take(address: bytes, ticket: bytes) -> int:
             ) from error
     if not fds:
         raise PayloadError(
-            "the socket was handed over before: it goes to one job, once (not to its next try, nor a second taker)"
+            "the socket was handed over before: it goes to one job, once;"
+            " not to the job's next try, nor to a second taker"
         )
     return fds[0]

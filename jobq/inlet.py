@@ -43,6 +43,7 @@ class Inlet:
         self._settled = settled
         self._coming: deque[Entry] = deque()
         self._room = dict.fromkeys(entries, 0)
+        self._room_bytes = dict.fromkeys(entries, 0)
         self._asked = False  # somebody waits for room
         self._told = False  # the driver was woken, and has not looked yet
         self._changed = threading.Condition()
@@ -56,22 +57,29 @@ class Inlet:
     def put(self, entry: Entry) -> None:
         """Hand over one item, waiting while a stage that takes it is full; raises `JobqError` once closed."""
         names = [name for name, _ in entry.takers]
+        while not self._accept(entry, names):
+            if self.pump is not None:
+                self.pump()
+
+    def _accept(self, entry: Entry, names: Sequence[str]) -> bool:
+        """Take *entry* if there is room for it, else wait for a change if another thread drives."""
         with self._changed:
-            while self.open and not all(self._room[name] > 0 for name in names):
-                self._asked = True
-                if self.pump is None:
-                    self.wake()
-                    self._changed.wait()
-                else:
-                    self.pump()
             if not self.open:
                 raise JobqError("this run takes no more items: it has ended, or is being stopped")
+            if not all(self._room[name] > 0 and self._room_bytes[name] > 0 for name in names):
+                self._asked = True
+                self.wake()
+                if self.pump is None:
+                    self._changed.wait()
+                return False
             for name in names:
                 self._room[name] -= 1
+                self._room_bytes[name] -= self._codec.size(entry.piece)
             self._coming.append(entry)
             if not self._told:
                 self._told = True
                 self.wake()
+            return True
 
     def take(self) -> Iterable[tuple[Takers, Block, tuple[int, ...]]]:
         """Yield what has come, items in a row with the same takers as one block."""
@@ -93,12 +101,13 @@ class Inlet:
                 tuple(entry.root for entry in row),
             )
 
-    def allow(self, name: str, room: int) -> None:
-        """Take it from the driver that so many items more may come to a stage."""
+    def allow(self, name: str, room: int, room_bytes: int = 1 << 62) -> None:
+        """Take it from the driver that so many items, and bytes, more may come to a stage."""
         with self._changed:
-            coming = sum(name == taker for entry in self._coming for taker, _ in entry.takers)
-            self._room[name] = room - coming
-            if self._asked and self._room[name] > 0:
+            coming = [entry.piece for entry in self._coming for taker, _ in entry.takers if taker == name]
+            self._room[name] = room - len(coming)
+            self._room_bytes[name] = room_bytes - sum(map(self._codec.size, coming))
+            if self._asked and self._room[name] > 0 and self._room_bytes[name] > 0:
                 self._asked = False
                 self._changed.notify_all()
 

@@ -5,7 +5,7 @@
                                                                         └─> callbacks, in a thread of theirs
 
 The driver's thread runs no callbacks and decodes no results: a `JobFuture` decodes in the thread that asks.
-On `inline` there is no thread at all: whoever waits drives.
+On `inline` there is no thread at all: whoever waits drives, one at a time, and then calls the callbacks.
 """
 
 from __future__ import annotations
@@ -13,19 +13,21 @@ from __future__ import annotations
 import contextlib
 import itertools
 import queue
+import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from jobq.errors import JobqError, JoinTimeout, PayloadError
-from jobq.inlet import Entry, Inlet
+from jobq.annotations import spell
+from jobq.errors import JobqError, JobsLost, JoinTimeout, PayloadError, RunFailed
+from jobq.inlet import Entry, Inlet, Takers
 from jobq.letters import cannot_be_loaded, rebuild
 from jobq.lineage import Fate
-from jobq.validation import Validator
+from jobq.validation import Router, Validator
 from jobq.wire import Undecodable
 from jobq.work import key_of
 
@@ -38,6 +40,10 @@ T = TypeVar("T")
 
 #: `Session.map` reads so many items ahead of the result that is asked for.
 READ_AHEAD = 1000
+#: While a result is there to be given, items are read ahead for so many seconds only.
+READ_SECONDS = 0.001
+#: How often an event loop looks after a run that has no thread of its own, in seconds.
+ATTEND_SECONDS = 0.001
 
 
 class JobFuture(Future[Any]):
@@ -47,54 +53,114 @@ class JobFuture(Future[Any]):
     ``result()`` is None if there is none, and raises the first dead descendant's exception if there is one.
     """
 
+    _waiters: list[Any]
+
     def __init__(self, session: Session, root: int) -> None:
         super().__init__()
         self._session = session
         self._root = root
         self._decoded: list[Any] = []
+        self._problem: JobqError | None = None
+        if not session.has_thread:
+            self._waiters = _Waiters(session)
 
     def cancel(self) -> bool:
         """Cancel the job if it has not begun; return whether it is cancelled."""
-        if not self.done():
-            self._session.withdraw(self._root)
+        if not super().done():
+            self._session.withdraw([self._root])
         return self.cancelled()
+
+    def done(self) -> bool:
+        """Whether the future is settled or cancelled; where nobody else drives, asking does."""
+        if not super().done():
+            self._session.look()
+        return super().done()
 
     def result(self, timeout: float | None = None) -> Any:
         """Return the result, waiting for it; raises `TimeoutError` after *timeout* seconds."""
-        fate: Fate = self._fate(timeout)
-        if fate.failure is not None:
-            raise rebuild(*fate.failure)
-        if fate.result is None:
-            return None
-        if not self._decoded:
-            self._decoded = self._session.decode(fate)
-        item = self._decoded[0]
-        if isinstance(item, Undecodable):
-            raise cannot_be_loaded(item)
-        return item
+        error = self.exception(timeout)
+        if error is None:
+            return self._decoded[0]
+        try:
+            raise error
+        finally:
+            del error  # which holds this frame, which holds it
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Return what the job raised, waiting for its end; None if it raised nothing."""
-        fate: Fate = self._fate(timeout)
-        return rebuild(*fate.failure) if fate.failure is not None else None
-
-    def _fate(self, timeout: float | None) -> Fate:
-        if not self.done():
+        if not super().done():
             self._session.wait_for(self, timeout)
-        fate: Fate = super().result(timeout)
-        return fate
+        fate: Fate = super().result(0)
+        if self._problem is not None:
+            return self._problem
+        if fate.failure is not None:
+            return rebuild(*fate.failure)
+        if not self._decoded:
+            self._decoded = self._session.decode(fate)
+        item = self._decoded[0]
+        return cannot_be_loaded(item) if isinstance(item, Undecodable) else None
 
-    def settle(self, fate: Fate) -> None:
-        """Take *fate* as final (the driver's thread)."""
-        if fate.cancelled and fate.failure is None:
+    def add_done_callback(self, fn: Callable[[Future[Any]], object]) -> None:
+        """Have *fn* called with this future when it is done: at once if it is."""
+        super().add_done_callback(fn)
+        if not super().done():
+            self._session.attend()
+
+    def settle(self, fate: Fate, problem: JobqError | None = None) -> None:
+        """Take *fate* as final; *problem* is why it is cancelled, where that was nobody's wish."""
+        if super().done():
+            return
+        if fate.cancelled and fate.failure is None and problem is None:
             super().cancel()
-        elif not self.cancelled():
+            self.set_running_or_notify_cancel()  # tells those who wait for several futures
+        else:
+            self._problem = problem if fate.cancelled and fate.failure is None else None
             self.set_result(fate)
 
     def _invoke_callbacks(self) -> None:
         # Called in the driver's thread, which runs no user code.
         if self._done_callbacks:  # type: ignore[attr-defined]  # Future's own
             self._session.call_back(super()._invoke_callbacks)  # type: ignore[misc]
+
+    @property
+    def watched(self) -> bool:
+        """Whether somebody is to be called back."""
+        return bool(self._done_callbacks)  # type: ignore[attr-defined]
+
+
+class _Waiters(list[Any]):
+    """Those of `concurrent.futures.wait` and `as_completed`: where nobody else drives, their waiting does."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__()
+        self._session = session
+
+    def append(self, waiter: Any) -> None:
+        if not isinstance(waiter.event, _DrivingEvent):
+            waiter.event = _DrivingEvent()
+        waiter.event.sessions.add(self._session)
+        super().append(waiter)
+
+
+class _DrivingEvent(threading.Event):
+    """An event whose `wait` drives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sessions: set[Session] = set()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not self.is_set():
+            if deadline is not None and time.monotonic() >= deadline:
+                return False
+            if len(self.sessions) == 1:
+                next(iter(self.sessions)).drive_until(self.is_set, deadline)
+            else:
+                for session in self.sessions:
+                    session.look()
+                super().wait(ATTEND_SECONDS)
+        return True
 
 
 class Session:
@@ -108,25 +174,40 @@ class Session:
         self._futures: dict[int, JobFuture] = {}
         self._changed = threading.Condition()
         self._ended = False
+        self._finishing = threading.Lock()
+        self._finished = False
         self._crash: BaseException | None = None
         self._callbacks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._calling = 0  # callbacks that were not through when somebody last looked
         self._caller: threading.Thread | None = None
+        self._turn = _Turn()
+        self._attending: object = None
         self.report: Report | None = None
         self._running = running = start(self._make_inlet)
-        assert running.driver.inlet is not None
-        self._inlet = running.driver.inlet
-        self._inlet.wake = running.driver.wake
-        self._doors = [_Door(running.graph, node) for node in _doors(running.graph)]
         self._thread: threading.Thread | None = None
-        if running.backend.own_thread:
+        self.has_thread = running.backend.own_thread
+        try:
+            self._begin()
+        except BaseException:
+            running.driver.release()
+            running.driver.close()
+            raise
+
+    def _begin(self) -> None:
+        driver = self._running.driver
+        assert driver.inlet is not None
+        self._inlet = driver.inlet
+        self._inlet.wake = driver.wake
+        self._doors = [_Door(self._running.graph, node) for node in _doors(self._running.graph)]
+        if self.has_thread:
             self._thread = threading.Thread(target=self._drive, name="jobq-driver", daemon=True)
             self._thread.start()
         else:
             self._inlet.pump = self._step
-            running.driver.begin()
+            driver.begin()
 
     def _make_inlet(self, graph: Graph, codec: Any) -> Inlet:
-        entries = dict.fromkeys(name for node in _doors(graph) for name in _Door(graph, node).names)
+        entries = dict.fromkeys(name for node in _doors(graph) for name in _takers(node))
         return Inlet(tuple(entries), codec, self._settled)
 
     # ── feed ─────────────────────────────────────────────────────────────────
@@ -138,39 +219,53 @@ class Session:
         Waits while the stage that takes it is full. Raises `PayloadError` if no stage takes it, or if it
         can't be pickled; `JobqError` if the run has ended.
         """
-        takers = next((takers for door in self._doors if (takers := door.takers(item))), None)
-        if takers is None:
-            raise PayloadError(f"no stage takes a {type(item).__qualname__}: {_spelled(self._doors)}")
+        takers = self._takers(item)
         try:
             piece = self._running.backend.codec.encode(item)
         except Exception as error:
-            raise PayloadError(f"the item can't be pickled: {type(error).__name__}: {error}") from error
+            raise PayloadError(
+                f"the item for {takers[0][0]}() can't be pickled: {type(error).__name__}: {error}"
+            ) from error
         future = JobFuture(self, next(self._roots))
         with self._changed:
             self._futures[future._root] = future
         try:
             self._inlet.put(Entry(takers, piece, future._root))
         except BaseException:
-            with self._changed:
-                self._futures.pop(future._root, None)
+            self._settled(future._root, Fate(cancelled=True))
             raise
         return future
+
+    def _takers(self, item: Any) -> Takers:
+        for door in self._doors:
+            if takers := door.takers(item):
+                return takers
+        for door in self._doors:
+            if takers := door.unchecked(item):
+                return takers
+        reasons = dict.fromkeys(reason for door in self._doors for reason in door.reasons(item))
+        raise PayloadError(
+            f"no stage takes this {type(item).__qualname__}: "
+            + ("; ".join(reasons) or "there is none that takes items from outside")
+        )
 
     def map(self, items: Iterable[Any]) -> Generator[Any, None, None]:
         """Yield the result of each of *items*, in order; reads ahead of what is asked for, within bounds."""
         ahead: deque[JobFuture] = deque()
         source = iter(items)
+
+        def there() -> bool:
+            return ahead[0].done()
+
         try:
             while True:
-                if len(ahead) <= READ_AHEAD // 2:  # by halves, so that items travel together
-                    fresh = itertools.islice(source, READ_AHEAD - len(ahead))
-                    ahead.extend(self.submit(item) for item in fresh)
+                for item in self._ahead(source, lambda: len(ahead), there):
+                    ahead.append(self.submit(item))
                 if not ahead:
                     return
                 yield ahead.popleft().result()
         finally:
-            for future in ahead:
-                future.cancel()
+            self.withdraw([future._root for future in ahead])
 
     def map_unordered(self, items: Iterable[Any]) -> Generator[Any, None, None]:
         """Yield the results of *items* as they come; reads ahead as `map` does."""
@@ -179,21 +274,35 @@ class Session:
         source = iter(items)
         try:
             while True:
-                room = READ_AHEAD - len(waiting)
-                for item in itertools.islice(source, room if room >= READ_AHEAD // 2 else 0):
+                for item in self._ahead(source, lambda: len(waiting), lambda: not done.empty()):
                     future = self.submit(item)
                     waiting.add(future)
                     future.add_done_callback(done.put)
                 if not waiting:
                     return
-                while self._thread is None and done.empty():
-                    self._step()
+                self.drive_until(lambda: not done.empty(), None)
                 future = cast("JobFuture", done.get())
                 waiting.discard(future)
                 yield future.result()
         finally:
-            for future in waiting:
-                future.cancel()
+            self.withdraw([future._root for future in waiting])
+
+    @staticmethod
+    def _ahead(source: Iterator[Any], waiting: Callable[[], int], there: Callable[[], bool]) -> Iterator[Any]:
+        """
+        Yield as many items as should be read now.
+
+        Once a result is *there*, whoever asks must not wait for items that are slow to come.
+        """
+        began = time.monotonic()
+        while (count := waiting()) < READ_AHEAD:
+            if count and time.monotonic() - began >= READ_SECONDS and there():
+                return
+            try:
+                item = next(source)
+            except StopIteration:
+                return
+            yield item
 
     # ── wait, steer ──────────────────────────────────────────────────────────
 
@@ -203,11 +312,11 @@ class Session:
             waited_for = list(self._futures.values())
         deadline = None if timeout is None else time.monotonic() + timeout
         for future in waited_for:
-            rest = None if deadline is None else deadline - time.monotonic()
+            rest = None if deadline is None else max(0.0, deadline - time.monotonic())
             try:
                 self.wait_for(future, rest)
             except FutureTimeout:
-                left = sum(not one.done() for one in waited_for)
+                left = sum(not Future.done(one) for one in waited_for)
                 raise JoinTimeout(f"{left} items are not settled after {timeout} s") from None
 
     def pause(self) -> None:
@@ -220,33 +329,52 @@ class Session:
 
     def stats(self) -> dict[str, StageCounts]:
         """Return every stage's counts at one moment, with ``queued``, ``in_flight`` and ``workers``."""
-        return self._in_driver(self._running.driver.counts)
+        if self.report is not None:
+            return self.report.stages
+        return self._in_driver(self._counts)
+
+    def _counts(self) -> dict[str, StageCounts]:
+        driver = self._running.driver
+        driver._let_in(self._inlet, time.monotonic())  # what was submitted, and not looked at yet
+        return driver.counts()
 
     def stop(self) -> None:
         """Stop now: jobs in flight and queued are cancelled. Idempotent."""
-        if self.report is None:
-            self._inlet.close()
-            with self._changed:
-                if not self._ended:
-                    self._running.driver.abandon()
-            self._finish()
+        self._inlet.close()
+        with self._changed:
+            if not self._ended:
+                self._running.driver.abandon()
+        self._finish()
 
     def close(self) -> None:
-        """Finish what was submitted, then end the workers. Idempotent."""
-        if self.report is None:
-            self._inlet.close()
-            self._finish()
+        """
+        Finish what was submitted, also by callbacks until then; end the workers. Idempotent.
+
+        Raises `RunFailed` if the run gave up.
+        """
+        with contextlib.suppress(JobqError):
+            self.resume()
+        self._let_callbacks_submit()
+        self._inlet.close()
+        with contextlib.suppress(JobqError):
+            self._in_driver(self._no_more_comes)
+        self._finish()
+        gave_up = self._running.driver.ending.gave_up
+        if gave_up is not None:
+            raise RunFailed(gave_up, self.report)
 
     def __enter__(self) -> Session:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            with contextlib.suppress(JobqError):
-                self.resume()
-            self.close()
-        else:
+        if kind is not None:
             self.stop()
+            return
+        try:
+            self.close()
+        except BaseException:  # Ctrl-C while we wait: nothing may be left
+            self.stop()
+            raise
 
     # ── behind the scenes ────────────────────────────────────────────────────
 
@@ -263,83 +391,201 @@ class Session:
         self._inlet.close()
         with self._changed:
             self._ended = True
-            left = list(self._futures.values())
-            self._futures.clear()
-            self._changed.notify_all()
-        for future in left:
-            future.settle(Fate(cancelled=True))
+            left = list(self._futures)
+        for root in left:
+            self._settled(root, Fate(cancelled=True))
 
-    def _step(self) -> None:
-        """Drive one step, where there is no thread that does."""
-        if self._ended:
-            raise JobqError("this run has ended")
-        if self._running.driver.step():
-            self._end()
+    def _no_more_comes(self) -> None:
+        self._running.driver.scheduler.fed = False  # a batch need not wait to be filled
+
+    def _let_callbacks_submit(self) -> None:
+        """Return when there is no callback left that could submit something."""
+        if threading.current_thread() is self._caller:
+            return
+        while True:
+            with self._changed:
+                watched = [future for future in self._futures.values() if future.watched]
+                if not watched and not self._calling:
+                    return
+            for future in watched:
+                self.wait_for(future, None)
+            with self._changed:
+                self._changed.wait_for(lambda: not self._calling)
 
     def _finish(self) -> None:
         if self._thread is not None:
             self._thread.join()
         else:
-            while not self._ended:
-                self._step()
-            self._running.driver.release()
-        self._running.driver.close()
-        if self._caller is not None:
-            self._callbacks.put(None)
-            if self._caller is not threading.current_thread():
-                self._caller.join()
-        self._cleanup.close()
+            self.drive_until(lambda: self._ended, None)
+        with self._finishing:
+            if not self._finished:
+                self._finished = True
+                self._conclude()
+        if self._caller is not None and self._caller is not threading.current_thread():
+            self._caller.join()
         if self._crash is not None:
             raise self._crash
-        self.report = self._running.conclude().report
+
+    def _conclude(self) -> None:
+        try:
+            if not self.has_thread:
+                self._running.driver.release()
+            if self._crash is None:
+                outcome = self._running.conclude()
+                self.report = outcome.report
+                if outcome.unbalanced is not None:
+                    raise JobsLost(
+                        f"the books don't balance, a bug in jobq: {outcome.unbalanced}", outcome.report
+                    )
+        finally:
+            self._running.driver.close()
+            self._callbacks.put(None)
+            self._cleanup.close()
 
     def _settled(self, root: int, fate: Fate) -> None:
-        with self._changed:
-            future = self._futures.pop(root, None)
-        if future is not None:
-            future.settle(fate)
+        future = self._futures.get(root)
+        if future is None:
+            return
+        future.settle(fate, self._why_it_ended() if fate.cancelled else None)
+        with self._changed:  # after its callbacks are counted: `close` waits for either
+            self._futures.pop(root, None)
+
+    def _why_it_ended(self) -> JobqError | None:
+        gave_up = self._running.driver.ending.gave_up
+        if self._crash is not None:
+            gave_up = f"a bug in jobq: {type(self._crash).__name__}: {self._crash}"
+        return RunFailed(gave_up) if gave_up is not None else None
 
     def wait_for(self, future: JobFuture, timeout: float | None) -> None:
         """Return when *future* is done; raises `concurrent.futures.TimeoutError`."""
-        if self._thread is not None:
+        if self.has_thread:
             with contextlib.suppress(CancelledError):
                 Future.result(future, timeout)
             return
         deadline = None if timeout is None else time.monotonic() + timeout
-        while not future.done():
-            if deadline is not None and time.monotonic() >= deadline:
-                raise FutureTimeout
-            self._step()
+        self.drive_until(lambda: Future.done(future), deadline)
+        if not Future.done(future):
+            raise FutureTimeout
 
-    def withdraw(self, root: int) -> None:
-        """Cancel an item whose job has not begun."""
+    def withdraw(self, roots: Iterable[int]) -> None:
+        """Cancel those of *roots* of which no job has begun."""
+
+        def withdraw() -> None:
+            for root in roots:
+                if root in self._futures:
+                    self._running.driver.withdraw(root)
+
         with contextlib.suppress(JobqError):
-            self._in_driver(lambda: self._running.driver.withdraw(root))
+            self._in_driver(withdraw)
 
     def decode(self, fate: Fate) -> list[Any]:
-        """Return the items of a fate's result."""
-        assert fate.result is not None
-        return self._running.backend.codec.decode(fate.result)
+        """Return the items of a fate's result: one, or None."""
+        return [None] if fate.result is None else self._running.backend.codec.decode(fate.result)
+
+    # ── callbacks ────────────────────────────────────────────────────────────
 
     def call_back(self, function: Callable[[], None]) -> None:
-        """Have *function* called in the thread for callbacks."""
-        if self._thread is None:
-            function()
-            return
+        """Have *function* called, but not by the driver."""
         with self._changed:
-            if self._caller is None:
+            self._calling += 1
+            if self.has_thread and self._caller is None:
                 self._caller = threading.Thread(target=self._call_all, name="jobq-callbacks", daemon=True)
                 self._caller.start()
         self._callbacks.put(function)
 
     def _call_all(self) -> None:
         while (function := self._callbacks.get()) is not None:
+            try:
+                self._call(function)
+            except BaseException:  # of a callback: the others are called all the same
+                threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
+
+    def _call(self, function: Callable[[], None]) -> None:
+        try:
             function()
+        finally:
+            with self._changed:
+                self._calling -= 1
+                self._changed.notify_all()
+
+    def _call_here(self) -> None:
+        """Call what is to be called back in this thread, where there is no thread for it."""
+        while not self.has_thread:
+            try:
+                function = self._callbacks.get_nowait()
+            except queue.Empty:
+                return
+            if function is not None:
+                self._call(function)
+
+    # ── in the driver's place, or its thread ─────────────────────────────────
+
+    def _wake(self) -> None:
+        with self._changed:
+            if not self._ended:
+                self._running.driver.wake()
+
+    def _step(self, deadline: float | None = None) -> None:
+        """Drive one step, where there is no thread that does."""
+        with self._turn.take(self._wake, deadline) as mine:
+            if not mine:
+                return
+            if self._ended:
+                raise JobqError("this run has ended")
+            try:
+                ended = self._running.driver.step()
+            except Exception as error:  # a bug in jobq
+                self._crash, ended = error, True
+            if ended:
+                self._end()
+        self._call_here()
+
+    def drive_until(self, claim: Callable[[], bool], deadline: float | None) -> None:
+        """Where there is no thread that drives, do so until *claim* is true, or the *deadline* is past."""
+        if self.has_thread or claim():
+            return
+        alarm = None
+        if deadline is not None:
+            alarm = threading.Timer(max(0.0, deadline - time.monotonic()), self._wake)
+            alarm.start()
+        try:
+            while not claim() and (deadline is None or time.monotonic() < deadline):
+                self._step(deadline)
+        finally:
+            if alarm is not None:
+                alarm.cancel()
+                alarm.join()
+
+    def look(self) -> None:
+        """Where there is no thread that drives, do what can be done without waiting."""
+        if not self.has_thread and not self._ended and not self._turn.mine:
+            self._wake()
+            self._step()
+
+    def attend(self) -> None:
+        """Where there is no thread that drives, let the event loop that runs here do so, if there is one."""
+        if self.has_thread or "asyncio" not in sys.modules:
+            return
+        import asyncio
+
+        with contextlib.suppress(RuntimeError):
+            loop = asyncio.get_running_loop()
+            if self._attending is not loop:
+                self._attending = loop
+                loop.call_soon(self._attend, loop)
+
+    def _attend(self, loop: Any) -> None:
+        for _ in range(8):
+            self.look()
+        if self._ended or not any(future.watched for future in list(self._futures.values())):
+            self._attending = None
+        else:
+            loop.call_later(ATTEND_SECONDS, self._attend, loop)
 
     def _in_driver(self, function: Callable[[], T]) -> T:
         """Return what *function* returns in the driver's thread."""
-        if self._thread is None:
-            return function()
+        if not self.has_thread:
+            return self._in_turn(function)
         answer: Future[T] = Future()
 
         def ask() -> None:
@@ -359,37 +605,96 @@ class Session:
                 if self._ended and not answer.done():
                     raise JobqError("this run has ended") from None
 
+    def _in_turn(self, function: Callable[[], T]) -> T:
+        if self._turn.mine:  # a job of this run asks
+            return function()
+        with self._turn.take(self._wake):
+            if self._ended:
+                raise JobqError("this run has ended")
+            answer = function()
+        self._call_here()
+        return answer
+
+
+class _Turn:
+    """Whose turn it is to drive, where no thread does so alone: given in the order of asking."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._asking: deque[int] = deque()
+
+    @property
+    def mine(self) -> bool:
+        """Whether it is this thread's."""
+        with self._changed:
+            return bool(self._asking) and self._asking[0] == threading.get_ident()
+
+    @contextlib.contextmanager
+    def take(self, hurry: Callable[[], None], deadline: float | None = None) -> Iterator[bool]:
+        """Wait for our turn, telling who has it to *hurry*; gives False if the *deadline* comes first."""
+        me = threading.get_ident()
+        if self.mine:
+            raise JobqError(
+                "a job on backend 'inline' can't wait for its own run: it is what it would wait for"
+            )
+        with self._changed:
+            self._asking.append(me)
+        if self._asking[0] != me:
+            hurry()
+        with self._changed:
+            rest = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not self._changed.wait_for(lambda: self._asking[0] == me, rest):
+                self._asking.remove(me)
+        try:
+            yield self._asking.count(me) > 0
+        finally:
+            with self._changed:
+                if me in self._asking:
+                    self._asking.popleft()
+                    self._changed.notify_all()
+
 
 class _Door:
-    """One way in: items of a type, and the stages that take them together."""
+    """One way in: what a producer would give, or what a consumer that needs none takes."""
 
     def __init__(self, graph: Graph, node: Node) -> None:
-        self._nodes = [node]
-        if node.stage.kind == "producer":
-            taken = dict.fromkeys(name for route in node.routes for name in route.takers)
-            self._nodes = [graph.nodes[name] for name in taken]
-        self._checks = [Validator(one.signature.item_type) for one in self._nodes]
+        self._graph = graph
+        self._node = node
+        self._router = Router(node.signature.outputs) if node.stage.kind == "producer" else None
+        self._checks = {
+            name: Validator(graph.nodes[name].signature.item_type) for name in dict.fromkeys(_takers(node))
+        }
 
-    @property
-    def names(self) -> list[str]:
-        """The stages behind this door."""
-        return [node.stage.name for node in self._nodes]
+    def takers(self, item: Any) -> Takers:
+        """Return those that take *item*, with its keys; none if it fits none of them."""
+        names = self._names(item)
+        if not any(self._checks[name].fits(item) for name in names):
+            return ()
+        return tuple((name, self._keys(name, item)) for name in names)
 
-    @property
-    def types(self) -> list[Any]:
-        """What they take."""
-        return [node.signature.item_type for node in self._nodes]
+    def unchecked(self, item: Any) -> Takers:
+        """Return the same for an item that doesn't fit, where nobody wants that to be checked."""
+        names = self._names(item)
+        if all(self._graph.nodes[name].stage.consumer.validate_items for name in names):
+            return ()
+        return tuple((name, self._keys(name, item)) for name in names)
 
-    def takers(self, item: Any) -> Any:
-        """Return those that take *item*, with its keys; none if it doesn't fit here."""
-        return tuple(
-            (
-                node.stage.name,
-                None if node.stage.consumer.key is None else (key_of(node.stage.consumer.key, item),),
-            )
-            for node, check in zip(self._nodes, self._checks, strict=True)
-            if not check.check([item])
-        )
+    def reasons(self, item: Any) -> Iterator[str]:
+        """Yield, in words, why none of these takes *item*."""
+        for name, check in self._checks.items():
+            kind = spell(self._graph.nodes[name].signature.item_type)
+            for problem in check.check([item]).values():
+                yield f"{name}() takes {kind}: {problem}"
+
+    def _names(self, item: Any) -> tuple[str, ...]:
+        if self._router is None:
+            return (self._node.stage.name,)
+        member = self._router.member(item)
+        return self._node.routes[self._node.member_routes[member]].takers if member >= 0 else ()
+
+    def _keys(self, name: str, item: Any) -> tuple[Any, ...] | None:
+        key = self._graph.nodes[name].stage.consumer.key
+        return None if key is None else (key_of(key, item),)
 
 
 def _doors(graph: Graph) -> list[Node]:
@@ -398,12 +703,8 @@ def _doors(graph: Graph) -> list[Node]:
     return producers or [node for node in graph.consumers() if not node.stage.source]
 
 
-def _spelled(doors: Iterable[_Door]) -> str:
-    from jobq.annotations import spell
-
-    taken = [
-        f"{name}() takes {spell(kind)}"
-        for door in doors
-        for name, kind in zip(door.names, door.types, strict=True)
-    ]
-    return "; ".join(dict.fromkeys(taken)) or "nothing takes items"
+def _takers(node: Node) -> list[str]:
+    """Return the names of the stages behind a way in."""
+    if node.stage.kind == "producer":
+        return [name for route in node.routes for name in route.takers]
+    return [node.stage.name]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from tests.test_examples import EXAMPLES, JOBQ, run
+from tests.test_examples import EXAMPLES, JOBQ, session_members
 
 PROCESSES = ["joinable", "sentinel", "pipe"]
 PARALLEL = [*PROCESSES, "thread"]
@@ -24,14 +27,45 @@ SQUARES = "0 1 4 9 16 25 36 49 64 81"
 on = pytest.mark.parametrize
 
 
+def run(*command: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run *command* in a session of its own, and prove that a second later nothing of the session is left."""
+    argv = list(map(str, command))
+    with subprocess.Popen(
+        argv,
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=SECONDS)
+        finally:
+            process.kill()
+        # multiprocessing's own fork server ends by itself when its program is gone.
+        deadline = time.monotonic() + 1
+        while (left := alive(process.pid)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if left:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert left == [], "processes outlived the run"
+    return subprocess.CompletedProcess(argv, process.returncode, stdout, stderr)
+
+
+def alive(session: int) -> list[str]:
+    """Return the processes of *session*, those that are only to be reaped by init excepted."""
+    return [stat for stat in session_members(session) if not stat.rpartition(")")[2].startswith(" Z 1 ")]
+
+
 def script(name: str, *arguments: object, cwd: Path) -> list[str]:
     """Return the lines that ``python NAME ...`` prints; it ends well, and nothing of it is left."""
-    return lines(run(sys.executable, EXAMPLES / name, *arguments, cwd=cwd, seconds=SECONDS))
+    return lines(run(sys.executable, EXAMPLES / name, *arguments, cwd=cwd))
 
 
 def command(name: str, *arguments: object, cwd: Path) -> list[str]:
     """Return the lines that ``jobq run NAME ...`` prints; it ends well, and nothing of it is left."""
-    return lines(run(JOBQ, "run", EXAMPLES / name, *arguments, cwd=cwd, seconds=SECONDS))
+    return lines(run(JOBQ, "run", EXAMPLES / name, *arguments, cwd=cwd))
 
 
 def lines(ended: subprocess.CompletedProcess[str]) -> list[str]:
@@ -75,31 +109,29 @@ BUNS = sorted(f"ate {filling} bun {number}" for filling in ("bean", "leek") for 
 
 
 @on("backend", ALL)
-@on("eaters", [1, 2, 5])
-def test_each_bun_is_eaten_once_by_however_many(backend: str, eaters: int, tmp_path: Path) -> None:
-    printed = command("sentinel_buns.py", "-b", backend, "-w", eaters, cwd=tmp_path)
-
-    assert sorted(printed) == BUNS
-
-
-def test_the_meal_is_over_for_main_when_the_last_bun_is_eaten(tmp_path: Path) -> None:
-    *buns, last = script("sentinel_buns.py", cwd=tmp_path)
+def test_each_bun_is_eaten_once(backend: str, tmp_path: Path) -> None:
+    *buns, last = script("sentinel_buns.py", backend, cwd=tmp_path)
 
     assert (sorted(buns), last) == (BUNS, "20 buns eaten")
+
+
+@on("eaters", [1, 2, 5])
+def test_each_bun_is_eaten_once_by_however_many_and_nobody_counts_them(eaters: int, tmp_path: Path) -> None:
+    printed = command("sentinel_buns.py", "-b", "sentinel", "-w", eaters, "-o", "-", cwd=tmp_path)
+
+    assert sorted(map(json.loads, printed)) == BUNS
 
 
 @on("backend", ALL)
 def test_cooks_end_before_eaters_and_eaters_before_main(backend: str, tmp_path: Path) -> None:
     program = (sys.executable, EXAMPLES / "joinable_noodles.py", backend)
 
-    ended = run("/bin/sh", "-c", 'exec "$0" "$@" 2>&1', *program, cwd=tmp_path, seconds=SECONDS)
+    ended = run("/bin/sh", "-c", 'exec "$0" "$@" 2>&1', *program, cwd=tmp_path)
 
     assert ended.returncode == 0, ended.stdout
     told = ended.stdout
     dishes = re.findall(r"eat: ate dish='(\w+ \d)' place=chopsticks", told)
-    assert sorted(dishes) == sorted(
-        f"{dish} {number}" for dish in ("noodles", "soup") for number in range(10)
-    )
+    assert sorted(dishes) == [f"{dish} {number}" for dish in ("noodles", "soup") for number in range(10)]
     assert told.count("place cleared") == told.count("of stage eat") // 2 == 2
     first_end_of_an_eater = re.search(r"worker \d of stage eat.* ended", told)
     assert first_end_of_an_eater
@@ -125,14 +157,11 @@ def test_the_words_come_in_order_until_the_end_of_file(backend: str, tmp_path: P
 
 @on("backend", ALL)
 def test_falsy_items_arrive_like_all_others(backend: str, tmp_path: Path) -> None:
-    printed = command("pipe_consumers.py", "-b", backend, cwd=tmp_path)
+    *printed, last = script("pipe_consumers.py", backend, cwd=tmp_path)
 
     sent = [*range(10), 0.0, "", b"", False, [], {}]
     assert sorted(printed) == sorted(f"received {item!r}" for item in sent)
-
-
-def test_main_is_told_that_all_arrived(tmp_path: Path) -> None:
-    assert script("pipe_consumers.py", cwd=tmp_path)[-1] == "16 of 16 arrived"
+    assert last == "16 of 16 arrived"
 
 
 # ── 6: shared state and events ───────────────────────────────────────────────
@@ -156,9 +185,11 @@ def test_calls_go_to_three_workers_that_are_closed_in_the_end(backend: str, tmp_
 
     assert squares == f"squares: {SQUARES}"
     assert len(pids(used)) <= (3 if backend in PROCESSES else 1)
-    counts = [int(count) for line in closed for count in re.findall(r"^closed after (\d+) jobs$", line)]
-    assert len(counts) == len(closed) <= 3
-    assert sum(counts) == 10
+    counts = re.findall(
+        r"closed after (\d+) jobs", "".join(closed)
+    )  # threads may print into a line of others
+    assert 1 <= len(counts) <= 3
+    assert sum(map(int, counts)) == 10
     assert end == "pool_apply is closed"
 
 
@@ -191,21 +222,18 @@ def test_map_takes_what_it_needs_of_an_endless_input(backend: str, tmp_path: Pat
 def test_the_crawler_fetches_each_page_once_and_ends_by_itself(backend: str, tmp_path: Path) -> None:
     *pages, last = script("crawler_loop.py", backend, cwd=tmp_path)
 
-    assert sorted(pages) == [
-        ".: 26 characters",
-        "a: 42 characters",
-        "b: 25 characters",
-        "c: 26 characters",
-        "d: 0 characters",
+    sizes = {"": 26, "a": 42, "b": 25, "c": 26, "d": 0}
+    assert sorted(re.sub(r"^http://localhost:\d+", "", page) for page in pages) == [
+        f"/{path} has {size} characters" for path, size in sizes.items()
     ]
-    assert last == "5 pages, 5 links to pages known"
+    assert last == "5 links led to known pages"
 
 
 @on("backend", ALL)
 def test_invoices_are_paid_and_receipts_filed(backend: str, tmp_path: Path) -> None:
-    printed = command("branch_by_type.py", "-b", backend, cwd=tmp_path)
+    printed = script("branch_by_type.py", backend, cwd=tmp_path)
 
-    assert sorted(printed) == ["file 25", "file 60", "pay 100", "pay 250", "pay 7"]
+    assert sorted(printed) == ["filed 25", "filed 60", "paid 100", "paid 250", "paid 7"]
 
 
 @on("backend", ALL)
@@ -236,17 +264,31 @@ def test_the_script_names_the_file_that_it_could_not_count(backend: str, tmp_pat
     (tmp_path / "good.md").write_text("fine")
     (tmp_path / "bad.md").write_bytes(b"\xff")
 
-    ended = run(sys.executable, EXAMPLES / "embed_in_script.py", ".", backend, cwd=tmp_path, seconds=SECONDS)
+    ended = run(sys.executable, EXAMPLES / "embed_in_script.py", ".", backend, cwd=tmp_path)
 
     assert (ended.returncode, ended.stdout) == (1, "")
     assert re.fullmatch(r"bad\.md: UnicodeDecodeError: 'utf-8' codec can't decode .*\n", ended.stderr)
-    assert sorted(os.listdir(tmp_path)) == ["bad.md", "good.md"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["bad.md", "good.md"]
 
 
 # ── all of them ──────────────────────────────────────────────────────────────
 
-CLASSICS = """queue_capacity two_way sentinel_buns joinable_noodles pipe_eof pipe_consumers event pool_apply
-pool_async pool_map crawler_loop branch_by_type batch_insert embed_in_script""".split()
+CLASSICS = [
+    "queue_capacity",
+    "two_way",
+    "sentinel_buns",
+    "joinable_noodles",
+    "pipe_eof",
+    "pipe_consumers",
+    "event",
+    "pool_apply",
+    "pool_async",
+    "pool_map",
+    "crawler_loop",
+    "branch_by_type",
+    "batch_insert",
+    "embed_in_script",
+]
 
 
 @on("name", CLASSICS)

@@ -1,0 +1,70 @@
+"""
+Many URLs at once, a callback for each as it arrives, in three ways side by side: python examples/fetch_urls.py
+
+The textbook passes `callback=` to `pool.apply_async`: it is never called for a URL that fails (that needs
+`error_callback=`), what it raises ends the pool's result thread so that `get()` hangs, and a worker that
+dies leaves its URL out for ever. Here a callback gets the future, failed or not; `with` waits for all of them.
+"""
+
+import asyncio
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from jobq import Pipeline
+
+DELAYS = [0.5] + [0.1] * 19  # seconds that the server takes: the first URL is the slowest
+
+
+class Slow(BaseHTTPRequestHandler):
+    """Answers /0.1 after 0.1 s."""
+
+    def do_GET(self) -> None:
+        time.sleep(float(self.path[1:]))
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(self.path.encode())
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def fetch(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=10) as response:
+        return str(response.read().decode())
+
+
+async def fetch_async(url: str) -> str:
+    host, _, path = url.removeprefix("http://").partition("/")
+    reader, writer = await asyncio.open_connection(*host.split(":"))
+    writer.write(f"GET /{path} HTTP/1.0\r\n\r\n".encode())
+    answer = await reader.read()
+    writer.close()
+    return answer.decode().rpartition("\r\n")[2]
+
+
+def time_it(way: str, function: Callable[[str], Any], urls: list[str], **options: int) -> None:
+    """Print how long *function* took for all of *urls*, and which of them arrived first and last."""
+    pipeline = Pipeline(function.__name__)
+    pipeline.consumer(function, **options)
+    arrived: list[str] = []
+    with pipeline.open() as run:
+        run.submit(urls[-1]).result()  # the workers are up
+        began = time.monotonic()
+        for url in urls:
+            run.submit(url).add_done_callback(lambda future: arrived.append(future.result()))
+        run.join(timeout=30)
+        seconds = time.monotonic() - began
+    print(f"{way:<22} {seconds:.2f} s, {len(arrived)} arrived, last {arrived[-1]}")
+
+
+if __name__ == "__main__":
+    with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        urls = [f"http://127.0.0.1:{server.server_port}/{delay}" for delay in DELAYS]
+        time_it("4 processes", fetch, urls, workers=4)
+        time_it("1 process, 20 threads", fetch, urls, concurrency=20)
+        time_it("1 process, 20 tasks", fetch_async, urls, concurrency=20)
+        server.shutdown()

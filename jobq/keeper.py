@@ -1,0 +1,137 @@
+"""
+The keeper: the worker that opens a run's run-scoped resources, and gives all others access to them.
+
+Started by the backend before the others, closed after them; gets no orders. Its death ends the run. Where workers
+are processes it is one too, and a thread of it does all that is done to the objects, from opening to closing.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from jobq.annotations import read_signature
+from jobq.backend import Port
+from jobq.backends.channel import Bell
+from jobq.listener import Listener
+from jobq.locks import ThreadPlace, here, inside, join, joined, keeper_address
+from jobq.shared import Board
+from jobq.wire import Order
+from jobq.work import Resources, ResourceUse
+
+if TYPE_CHECKING:
+    from jobq.backend import Work
+    from jobq.observe.log import LogSettings
+
+#: The keeper's recipe: no stage's, since those end with their number.
+RECIPE = "keeper"
+
+
+@dataclass(frozen=True)
+class KeeperRecipe:
+    """Everything that the keeper needs to know. Implements `jobq.backend.Recipe`."""
+
+    place: str
+    uses: tuple[ResourceUse, ...]
+    log: LogSettings | None = None
+
+    @property
+    def lanes(self) -> int:
+        """One: it has no jobs."""
+        return 1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self.place, tuple((use.resource, use.values) for use in self.uses), self.log)
+
+    def open(self, port: Port) -> Work:  # noqa: ARG002  # it says nothing
+        """Open the resources, and let others use them from now on."""
+        if self.log is not None:
+            from jobq.observe.log import configure
+
+            configure(self.log)
+        with inside(self.place):
+            join(self.place)
+            place = here("a run-scoped resource")
+            if isinstance(place, ThreadPlace):
+                return joined(_InThisThread(place, self.uses), self.place)
+            return _InItsThread(self.place, self.uses)
+
+
+def _rebuild(place: str, resources: tuple[Any, ...], log: LogSettings | None) -> KeeperRecipe:
+    uses = (ResourceUse(resource, read_signature(resource), values) for resource, values in resources)
+    return KeeperRecipe(place, tuple(uses), log)
+
+
+class _Keeping:
+    """What both kinds share: no orders come."""
+
+    def run(self, order: Order) -> None:
+        raise NotImplementedError(f"the keeper takes no orders, got {order!r}")
+
+
+class _InThisThread(_Keeping):
+    """The resources of a run whose workers are threads: these use them directly, one at a time."""
+
+    def __init__(self, place: ThreadPlace, uses: tuple[ResourceUse, ...]) -> None:
+        self._place = place
+        self._resources = Resources(uses)
+        place.perform = Board(self._resources.values()).perform
+
+    def close(self) -> None:
+        self._place.perform = None
+        self._resources.close()
+
+
+class _InItsThread(_Keeping):
+    """The resources of a run whose workers are processes: these reach them by connections."""
+
+    def __init__(self, place: str, uses: tuple[ResourceUse, ...]) -> None:
+        self._place = place
+        self._resources = Resources(uses)
+        self._bell = Bell()
+        self._said: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self._closing = False
+        self._thread = threading.Thread(target=self._work, name="jobq-keeper", daemon=True)
+        self._thread.start()
+        self._hear()
+
+    def close(self) -> None:
+        self._closing = True
+        self._bell.ring()
+        self._thread.join()
+        self._hear()
+
+    def _hear(self) -> None:
+        """Return when the thread is through with the step, raising what it raised."""
+        error = self._said.get()
+        if error is not None:
+            raise error
+
+    def _work(self) -> None:
+        with inside(self._place):
+            board = self._say(lambda: Board(self._resources.values()), only_failure=True)
+            if board is None:
+                return
+            listener = Listener(
+                keeper_address(self._place), lambda peer, request: peer.send(board.answer(request))
+            )
+            listener.also(self._bell.fd)
+            self._said.put(None)
+            while not self._closing:
+                listener.serve(None)
+            listener.close()
+            self._say(self._resources.close)
+
+    def _say(self, step: Callable[[], Any], *, only_failure: bool = False) -> Any:
+        """Return what *step* gives; the worker's main thread hears how it went."""
+        try:
+            given = step()
+        except BaseException as error:  # user code
+            self._said.put(error)
+            return None
+        if not only_failure:
+            self._said.put(None)
+        return given
