@@ -1,14 +1,13 @@
 """
-Rows of a CSV file made clean, as a shell pipe: jobq run examples/etl_csv.py -p file=orders.csv -o - | sort
+Rows of a CSV file made clean: jobq run examples/etl_csv.py -p file=orders.csv -o - | head
 
-Or JSON lines to JSON lines: zcat orders.jsonl.gz | jobq run examples/etl_csv.py --input - -o - | head. The textbook
-lets workers print (halves of lines mix), or stops at the first bad row, or drops it in an `except: pass`. Here
-one process writes, in the order of the input; a bad row is a dead letter that names its line and field, and exit code 1
-says so; `| head` ends it.
+Or in a shell pipe, JSON lines to JSON lines: jobq run examples/etl_csv.py --input - -o - <orders.jsonl | sort
+The textbook reads `sys.stdin` in a child, where it is empty; its workers print, so that lines mix; the first bad
+row stops it, or vanishes in an `except: pass`. Here one process reads, one writes, in the order of the input;
+a bad row is a dead letter that names its line and field, and the exit code is 1.
 """
 
 import csv
-import sys
 from collections.abc import Iterator
 from datetime import date
 from decimal import Decimal
@@ -35,9 +34,9 @@ class Order(TypedDict):
 
 
 @pipeline.producer
-def rows(file: Path | None = None) -> Iterator[Row]:
-    """Give the rows of *file*, or of standard input."""
-    with file.open(newline="") if file else sys.stdin as lines:
+def rows(file: Path) -> Iterator[Row]:
+    """Give the rows of *file*."""
+    with file.open(newline="") as lines:
         for row in csv.DictReader(lines):
             yield Row(day=row["day"], amount=row["amount"], currency=row["currency"])
 

@@ -27,7 +27,7 @@ pipeline.producer(cook, name="kim", params={"dish": "soup"})
 
 @pipeline.consumer(workers=2)
 def eat(dish: str, place: str, job: Job) -> None:
-    job.log.info("ate", dish=dish, place=place)
+    job.log.info("ate %s with %s", dish, place)
 
 
 @pipeline.resource

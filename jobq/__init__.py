@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         TimeLimitExceeded,
         WorkerLost,
     )
+    from jobq.locks import Lock, Semaphore
     from jobq.mapping import map  # noqa: A004  # the contract's name
     from jobq.pipeline import Pipeline
     from jobq.report import DeadLetter, Report
@@ -42,6 +43,7 @@ __all__ = [
     "JobsFailed",
     "JobsLost",
     "JoinTimeout",
+    "Lock",
     "PayloadError",
     "Pipeline",
     "PipelineError",
@@ -49,6 +51,7 @@ __all__ = [
     "Report",
     "Retry",
     "RunFailed",
+    "Semaphore",
     "Shard",
     "Skip",
     "TimeLimitExceeded",
@@ -58,6 +61,8 @@ __all__ = [
 
 #: Where the public names are that are not errors.
 _HOMES = {
+    "Lock": "jobq.locks",
+    "Semaphore": "jobq.locks",
     "map": "jobq.mapping",
     "Pipeline": "jobq.pipeline",
     "DeadLetter": "jobq.report",

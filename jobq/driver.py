@@ -18,10 +18,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from jobq import events
-from jobq.backend import HINT, Backend, Waitable
+from jobq.backend import HINT, Backend, Waitable, Worker
 from jobq.errors import BackendUnavailable, BrokenChannel, EndOfChannel
 from jobq.pool import CRASH_LIMIT, SLOW_SECONDS, Member, Pool
 from jobq.report import StageCounts
@@ -69,6 +69,31 @@ class Cancelled:
     parts: list[Part] = field(default_factory=list)
 
 
+class Desk(Protocol):
+    """Somebody whom the loop has to let work whenever ``fd`` is readable (-1: never)."""
+
+    fd: int
+
+    def serve(self) -> None:
+        """Do what there is to do. Never waits."""
+        ...
+
+    def close(self) -> None:
+        """Leave nothing behind. Idempotent."""
+        ...
+
+
+@dataclass(slots=True)
+class Keeper:
+    """The worker that has the run-scoped resources: up before all others, and gone after them."""
+
+    worker: Worker
+    ready: bool = False
+    closing: bool = False
+    killed: bool = False  # by us
+    registered: tuple[Waitable, ...] = ()
+
+
 class Driver:
     """One run: give it its parts, call `run`, then read the scheduler's books."""
 
@@ -85,6 +110,8 @@ class Driver:
         letter: Callable[[Dead], events.JobDead],
         ticking: bool = False,
         inlet: Inlet | None = None,
+        desk: Desk | None = None,
+        keeper: str | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.sink = sink
@@ -104,6 +131,11 @@ class Driver:
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
         self._selector.register(self._wake_read, selectors.EVENT_READ, None)
+        self._desk = desk
+        if desk is not None and desk.fd >= 0:
+            self._selector.register(desk.fd, selectors.EVENT_READ, desk)
+        self._keeper_recipe = keeper
+        self._keeper: Keeper | None = None
         self._closing = False
         self._abandoned = False
         self._anybody_came_up = False
@@ -171,7 +203,14 @@ class Driver:
             self.release()
 
     def begin(self) -> None:
-        """Start every worker."""
+        """Start every worker; where there is a keeper, when it is up."""
+        if self._keeper_recipe is None:
+            self._start_pools()
+        else:
+            self._keeper = Keeper(self._backend.start("keeper", self._keeper_recipe))
+            self._watch(self._keeper)
+
+    def _start_pools(self) -> None:
         for pool in self.pools.values():
             pool.start()
 
@@ -181,13 +220,28 @@ class Driver:
             if isinstance(key.data, Member):
                 if not key.data.gone:  # its answer and its death may be told in one wait
                     self._hear(key.data)
+            elif isinstance(key.data, Keeper):
+                self._hear_keeper(key.data)
             elif key.fd == self._wake_read:
                 self._drain_wakeups()
+            elif self._desk is not None and key.data is self._desk:
+                self._desk.serve()
         self._advance()
-        if not self._closing or (any(pool.members for pool in self.pools.values()) and not self._hopeless):
+        if not self._closing or not (self._deserted() or self._hopeless):
             return False
         self._cancel_rest()
         return True
+
+    def _deserted(self) -> bool:
+        """Whether every worker is gone; the keeper is told to go when all others are."""
+        if any(pool.members for pool in self.pools.values()):
+            return False
+        keeper = self._keeper
+        if keeper is not None and not keeper.closing:
+            keeper.closing = True
+            keeper.worker.close()
+            self._watch(keeper)
+        return keeper is None
 
     def _advance(self) -> None:
         """Do everything that can be done now."""
@@ -247,7 +301,7 @@ class Driver:
         worker = member.worker
         self._tell(events.WorkerStarted(member.pool.line.name, worker.name, worker.pid))
 
-    def _watch(self, member: Member) -> None:
+    def _watch(self, member: Member | Keeper) -> None:
         """Wait for what the worker wants us to wait for now."""
         waitables = member.worker.waitables
         if waitables is member.registered:
@@ -263,10 +317,27 @@ class Driver:
                 self._selector.modify(fd, wanted, member)
         member.registered = waitables
 
-    def _unwatch(self, member: Member) -> None:
+    def _unwatch(self, member: Member | Keeper) -> None:
         for fd in {one.fd for one in member.registered}:
             self._selector.unregister(fd)
         member.registered = ()
+
+    def _hear_keeper(self, keeper: Keeper) -> None:
+        """Start the others when the keeper is up; give up when it is lost."""
+        if self._keeper is None:
+            return  # its end was told with something else in one wait
+        try:
+            while (said := keeper.worker.receive()) is not None:
+                if isinstance(said, Hello) and not self._closing:
+                    keeper.ready = True
+                    self._start_pools()
+            self._watch(keeper)
+        except (EndOfChannel, BrokenChannel) as end:
+            self._unwatch(keeper)
+            self._keeper = None
+            keeper.worker.release()
+            if isinstance(end, BrokenChannel) and not keeper.killed:
+                self._give_up(f"the keeper of the run-scoped resources {end}")
 
     def _hear(self, member: Member) -> None:
         """Take in everything that a worker has said."""
@@ -549,7 +620,14 @@ class Driver:
         self._tell_fates()
         self._report_happenings()
         for name in inlet.entries:
-            inlet.allow(name, max(0, self.scheduler.lines[name].room))
+            line = self.scheduler.lines[name]
+            inlet.allow(name, max(0, line.room), max(0, line.room_bytes))
+
+    def stats(self) -> dict[str, StageCounts]:
+        """Return every stage's counts, with all that was submitted until now. In the driver's thread."""
+        if self.inlet is not None and not self._closing:
+            self._let_in(self.inlet, time.monotonic())
+        return self.counts()
 
     def pause(self) -> None:
         """Begin no new job from now on; those in hand go on. In the driver's thread."""
@@ -633,7 +711,7 @@ class Driver:
                     self._watch(member)
         reason = REASONS.get(signal, f"signal {signal}")
         self._tell(events.Stopping(ending.level, reason, self.scheduler.unfinished))
-        if ending.level >= STOP:
+        if ending.level >= STOP or (self._keeper is not None and not self._keeper.ready):
             self._stop_now()
         self._hopeless = ending.level >= KILL
 
@@ -658,6 +736,9 @@ class Driver:
         self.ending.deadline = time.monotonic() + KILL_GRACE_SECONDS
         for pool in self.pools.values():
             pool.kill()
+        if self._keeper is not None and (self._keeper.closing or not self._keeper.ready):
+            self._keeper.killed = True
+            self._keeper.worker.kill()
 
     def _give_up(self, why: str) -> None:
         if self.ending.gave_up is None:
@@ -697,7 +778,12 @@ class Driver:
             for member in list(pool.members):
                 with contextlib.suppress(OSError, ValueError, KeyError):
                     self._unwatch(member)
+        if self._keeper is not None:
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                self._unwatch(self._keeper)
         self._backend.close()
+        if self._desk is not None:
+            self._desk.close()
         self._selector.close()
 
     def close(self) -> None:

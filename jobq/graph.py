@@ -162,6 +162,7 @@ class _Check:
             for name, resource in self.resources.items()
         }
         self._resource_cycles(inner)
+        self.problems += _unequal_scopes(inner)
         for node in nodes.values():
             self.problems += _contradictions(node)
         loops = frozenset(
@@ -509,6 +510,17 @@ def _untaken(graph: Graph, name: str, known: Iterable[str]) -> str:
 def _wrong_value(declared: Stage | Resource, binding: Binding, value: Any, error: ValueError) -> str:
     kind = spell(binding.annotation)
     return f"parameter {binding.name}={value!r} of {describe(declared)} is no {kind}: {error}."
+
+
+def _unequal_scopes(resources: Mapping[str, ResourceNode]) -> Iterator[str]:
+    for node in resources.values():
+        for name in node.resources:
+            who, needed = node.resource, resources[name].resource
+            if who.options.scope == "run" and needed.options.scope == "worker":
+                yield (
+                    f"{describe(who)}: there is one for the run, but it needs {describe(needed)}, of which "
+                    f'every worker has its own: let that be @pipeline.resource(scope="run"), too.'
+                )
 
 
 def _bound(declared: Stage | Resource) -> Mapping[str, Any]:

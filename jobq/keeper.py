@@ -7,9 +7,9 @@ are processes it is one too, and a thread of it does all that is done to the obj
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +77,7 @@ class _InThisThread(_Keeping):
 
     def __init__(self, place: ThreadPlace, uses: tuple[ResourceUse, ...]) -> None:
         self._place = place
-        self._resources = Resources(uses)
+        self._resources = Resources(uses, keeping=True)
         place.perform = Board(self._resources.values()).perform
 
     def close(self) -> None:
@@ -90,7 +90,7 @@ class _InItsThread(_Keeping):
 
     def __init__(self, place: str, uses: tuple[ResourceUse, ...]) -> None:
         self._place = place
-        self._resources = Resources(uses)
+        self._resources = Resources(uses, keeping=True)
         self._bell = Bell()
         self._said: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         self._closing = False
@@ -111,27 +111,20 @@ class _InItsThread(_Keeping):
             raise error
 
     def _work(self) -> None:
-        with inside(self._place):
-            board = self._say(lambda: Board(self._resources.values()), only_failure=True)
-            if board is None:
-                return
-            listener = Listener(
-                keeper_address(self._place), lambda peer, request: peer.send(board.answer(request))
-            )
+        error: BaseException | None = None
+        with inside(self._place), contextlib.closing(self._bell):
+            try:
+                with contextlib.closing(self._resources):
+                    self._serve(Board(self._resources.values()))
+            except BaseException as raised:  # user code
+                error = raised
+        self._said.put(error)
+
+    def _serve(self, board: Board) -> None:
+        address = keeper_address(self._place)
+        listener = Listener(address, lambda peer, request: peer.send(board.answer(request)))
+        with contextlib.closing(listener):
             listener.also(self._bell.fd)
-            self._said.put(None)
+            self._said.put(None)  # it can be reached
             while not self._closing:
                 listener.serve(None)
-            listener.close()
-            self._say(self._resources.close)
-
-    def _say(self, step: Callable[[], Any], *, only_failure: bool = False) -> Any:
-        """Return what *step* gives; the worker's main thread hears how it went."""
-        try:
-            given = step()
-        except BaseException as error:  # user code
-            self._said.put(error)
-            return None
-        if not only_failure:
-            self._said.put(None)
-        return given

@@ -12,6 +12,7 @@ from typing import Any
 
 from jobq.backend import IDLE, LANES, LIMIT, Port
 from jobq.failure import failure_of, refusal
+from jobq.locks import join
 from jobq.outbox import DONE, FAILED, FILTERED, Counters, Flusher, Marker
 from jobq.wire import Answer, Chunk, Failure, Order, Output, Part
 from jobq.work import (
@@ -233,6 +234,7 @@ class ThreadLanes(Lanes):
         self._tasks.put(task)
 
     def _work(self, lane: int) -> None:
+        join(self._recipe.place)
         caller = Caller(self._recipe, self._port, lambda: getattr(self._current, "tally", None))
         try:
             caller.prepare()

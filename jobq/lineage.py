@@ -16,13 +16,14 @@ class Fate:
     What became of one source item so far.
 
     ``result`` is the result that settled last of all its descendants, ``failure`` the first dead one's (with
-    its stage and job). ``open`` counts what of it is queued, in flight or held.
+    its stage and job). ``open`` counts what of it is queued, in flight or held, ``ended`` what no longer is.
     """
 
     open: int = 0
     result: Block | None = None
     failure: tuple[Failure, str, Part | None] | None = None
     cancelled: bool = False
+    ended: int = 0
 
 
 class Lineage:
@@ -62,11 +63,21 @@ class Lineage:
             self._fates[root].cancelled = True
         self.end(roots)
 
-    def end(self, roots: Iterable[int]) -> None:
-        """Count one descendant less for each of *roots*: a source item without any is settled."""
+    def untouched(self, root: int) -> int | None:
+        """Return how many jobs a source item has if none has ended yet."""
+        fate = self._fates.get(root)
+        return fate.open if fate is not None and not fate.ended else None
+
+    def end(self, roots: Iterable[int], *, counts: bool = True) -> None:
+        """
+        Count one descendant less for each of *roots*: a source item without any is settled.
+
+        Not *counts*: what ends is the hold of `begin`, which is no job.
+        """
         for root in roots:
             fate = self._fates[root]
             fate.open -= 1
+            fate.ended += counts
             if not fate.open:
                 del self._fates[root]
                 self.settled.append((root, fate))

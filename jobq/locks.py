@@ -310,7 +310,7 @@ def inside(address: str) -> Iterator[None]:
 def join(address: str) -> None:
     """Make this thread, and in a worker process all of them, part of the run at *address*."""
     _current.set(address)
-    if address not in _threaded and address not in _joined:
+    if address and address not in _threaded and address not in _joined:
         _joined.clear()  # if this process was forked in another run, that is not ours
         _joined[address] = ProcessPlace(address)
 

@@ -8,18 +8,20 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from jobq import backends, events
-from jobq.backend import Backend, Plan, Preload
+from jobq.backend import Backend, Plan, Preload, Recipe
 from jobq.driver import KILL, STOP, Driver
 from jobq.errors import PipelineError
 from jobq.graph import Edge, Graph, Node, Route, bind, find_by_name_problems
 from jobq.inputs import NAME, input_stage
+from jobq.keeper import RECIPE, KeeperRecipe
 from jobq.letters import Letters, cannot_be_loaded
+from jobq.locks import open_desk
 from jobq.options import RunOptions
 from jobq.outcome import Outcome
 from jobq.report import EdgeCounts, Report
@@ -175,9 +177,10 @@ def prepare(
         for key, node in graph.nodes.items()
     }
     run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
-    recipes = {
+    place = uuid.uuid4().hex
+    recipes: dict[str, Recipe] = {
         f"{key}/{index}": _recipe(
-            graph, node, values, sink, run_id, Shard(index, sizes[key]), lanes[key], own_thread, log
+            graph, node, values, sink, run_id, Shard(index, sizes[key]), lanes[key], own_thread, log, place
         )
         for key, node in graph.nodes.items()
         for index in range(sizes[key])
@@ -187,6 +190,9 @@ def prepare(
         for key, node in graph.nodes.items()
         for index in range(sizes[key])
     }
+    kept = _run_scoped(graph, values)
+    if kept:
+        recipes[RECIPE] = KeeperRecipe(place, kept, log)
     problems = find_by_name_problems(graph, backend_class.resolve(options.start_method))
     if problems:
         raise PipelineError(*problems)
@@ -207,6 +213,8 @@ def prepare(
             letter=letters.make,
             ticking=options.progress,
             inlet=make_inlet(graph, backend.codec) if make_inlet is not None else None,
+            desk=open_desk(place, threads=backend.codec.encode(place) is place),
+            keeper=RECIPE if kept else None,
         )
         driver.scheduler.fed = make_inlet is not None
     except BaseException:
@@ -286,19 +294,8 @@ def _recipe(
     lanes: int,
     own_thread: bool,
     log: LogSettings | None,
+    place: str,
 ) -> StageRecipe:
-    resources = (
-        tuple(
-            ResourceUse(
-                graph.resources[name].resource,
-                graph.resources[name].signature,
-                values.get(f"resource:{name}", {}),
-            )
-            for name in graph.opening_order(node.stage.name)
-        )
-        if node.stage.name in graph.nodes and node.resources
-        else ()
-    )
     return StageRecipe(
         run_id,
         node.stage,
@@ -306,13 +303,34 @@ def _recipe(
         tuple(_route_use(graph, route, sink) for route in node.routes),
         node.member_routes,
         values.get(node.stage.name, {}),
-        resources,
+        _resources(graph, graph.opening_order(node.stage.name) if node.resources else (), values),
         shard,
         lanes,
         own_thread,
         log,
         node.stage.name == NAME and node.stage.kind == "producer" and "source" in values.get(NAME, {}),
+        place,
     )
+
+
+def _resources(
+    graph: Graph, names: Iterable[str], values: Mapping[str, Mapping[str, Any]]
+) -> tuple[ResourceUse, ...]:
+    return tuple(
+        ResourceUse(
+            graph.resources[name].resource,
+            graph.resources[name].signature,
+            values.get(f"resource:{name}", {}),
+        )
+        for name in names
+    )
+
+
+def _run_scoped(graph: Graph, values: Mapping[str, Mapping[str, Any]]) -> tuple[ResourceUse, ...]:
+    """Return the run-scoped resources that stages need, those that others need first."""
+    names = dict.fromkeys(name for stage in graph.nodes for name in graph.opening_order(stage))
+    shared = [name for name in names if graph.resources[name].resource.options.scope == "run"]
+    return _resources(graph, shared, values)
 
 
 def _route_use(graph: Graph, route: Route, sink: Sink) -> RouteUse:

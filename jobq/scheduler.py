@@ -379,28 +379,39 @@ class Scheduler:
         """Queue items that came from outside at each of *takers*, and follow them."""
         for line, keys in takers:
             self.accept(line, block, keys, roots, now)
-        self.lineage.end(roots)
+        self.lineage.end(roots, counts=False)
 
     def withdraw(self, root: int) -> bool:
-        """Cancel the only job of a source item if it waits; return whether it did."""
-        for line in self.lines.values():
-            for place, part in enumerate(line.waiting):
-                if part.roots is not None and root in part.roots:
-                    index = part.roots.index(root)
-                    rest = [part.take(0, index), part.take(index + 1, part.block.count)]
-                    del line.waiting[place]
-                    for piece in reversed([piece for piece in rest if piece.block.count]):
-                        line.waiting.insert(place, piece)
-                    gone = part.take(index, index + 1)
-                    line.queued -= 1
-                    line.queued_bytes -= gone.block.nbytes
-                    line.books.cancelled += 1
-                    if line.sequencer is not None:
-                        line.sequencer.settle(gone.first, 1)
-                        self._promise(line, 1 if gone.first >= line.begun else 0)
-                    self.lineage.cancelled((root,))
-                    return True
-        return False
+        """Cancel a source item if no job of it has begun, and all wait here; return whether it is cancelled."""
+        found = [
+            (line, part)
+            for line in self.lines.values()
+            for part in line.waiting
+            if part.roots is not None and root in part.roots and part.attempt == part.delivery == 1
+        ]
+        if not found or len(found) != self.lineage.untouched(root):
+            return False
+        for line, part in found:
+            self._take_out(line, part, root)
+        self.lineage.cancelled([root] * len(found))
+        return True
+
+    def _take_out(self, line: Line, part: Part, root: int) -> None:
+        """Take the job of *root* out of a part that waits."""
+        assert part.roots is not None
+        index = part.roots.index(root)
+        gone = part.take(index, index + 1)
+        rest = [part.take(0, index), part.take(index + 1, part.block.count)]
+        place = next(place for place, one in enumerate(line.waiting) if one is part)
+        del line.waiting[place]
+        for piece in reversed([piece for piece in rest if piece.block.count]):
+            line.waiting.insert(place, piece)
+        line.queued -= 1
+        line.queued_bytes -= gone.block.nbytes
+        line.books.cancelled += 1
+        if line.sequencer is not None:
+            line.sequencer.settle(gone.first, 1)
+            self._promise(line, 1 if gone.first >= line.begun else 0)
 
     # ── jobs are given out ───────────────────────────────────────────────────
 

@@ -331,12 +331,7 @@ class Session:
         """Return every stage's counts at one moment, with ``queued``, ``in_flight`` and ``workers``."""
         if self.report is not None:
             return self.report.stages
-        return self._in_driver(self._counts)
-
-    def _counts(self) -> dict[str, StageCounts]:
-        driver = self._running.driver
-        driver._let_in(self._inlet, time.monotonic())  # what was submitted, and not looked at yet
-        return driver.counts()
+        return self._in_driver(self._running.driver.stats)
 
     def stop(self) -> None:
         """Stop now: jobs in flight and queued are cancelled. Idempotent."""

@@ -125,7 +125,7 @@ class ConsumerOptions(Options):
 class ResourceOptions(Options):
     """Options of ``@pipeline.resource``."""
 
-    scope: Literal["worker"] = "worker"
+    scope: Literal["worker", "run"] = "worker"
 
 
 StageOptions: TypeAlias = ProducerOptions | ConsumerOptions
@@ -151,7 +151,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Resource:
-    """A resource as declared: opened once per worker, before its first job."""
+    """A resource as declared: opened once per worker, before its first job, or once for the run."""
 
     name: str
     function: Function

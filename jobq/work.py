@@ -24,7 +24,9 @@ from jobq.annotations import Signature, read_signature, spell
 from jobq.backend import DECODING, HINT, IDLE, LANES, LIMIT, STOPPING, Port, Work
 from jobq.errors import Interrupted, PayloadError, Skip
 from jobq.failure import failure_of, refusal, safe_text
+from jobq.locks import inside, join, joined
 from jobq.outbox import DONE, FAILED, FILTERED, ManyRoutes, NoTaker, OneRoute, Outbox, Packer, Piece, Tally
+from jobq.shared import Proxy
 from jobq.stage import Job, Resource, Shard, Stage
 from jobq.validation import Router, Validator
 from jobq.wire import SCALARS, Chunk, Codec, Failure, Grant, Order, Part, Undecodable
@@ -73,7 +75,11 @@ class ResourceUse:
 
 @dataclass(frozen=True)
 class StageRecipe:
-    """Everything that a worker of one stage needs to know. Implements `jobq.backend.Recipe`."""
+    """
+    Everything that a worker of one stage needs to know. Implements `jobq.backend.Recipe`.
+
+    ``place`` is the run's address for locks and run-scoped resources.
+    """
 
     run: str
     stage: Stage
@@ -87,6 +93,7 @@ class StageRecipe:
     flusher: bool = True
     log: LogSettings | None = None
     may_be_unfit: bool = False
+    place: str = ""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Leave annotations out of the pickle: many can't be pickled, and the child reads them again."""
@@ -101,6 +108,13 @@ class StageRecipe:
             from jobq.observe.log import configure
 
             configure(self.log)
+        if not self.place:
+            return self._open(port)
+        with inside(self.place):
+            join(self.place)
+            return joined(self._open(port), self.place)
+
+    def _open(self, port: Port) -> Work:
         if self.stage.kind == "producer":
             return Producer(self, port)
         if self.lanes > 1:
@@ -122,10 +136,15 @@ def _rebuild(state: dict[str, Any]) -> StageRecipe:
 
 
 class Resources:
-    """A worker's (or a lane's) resources: opened before its first job, closed in reverse order."""
+    """
+    A worker's (or a lane's) resources: opened before its first job, closed in reverse order.
 
-    def __init__(self, uses: Sequence[ResourceUse]) -> None:
+    With *keeping* the run-scoped ones are opened here, too: else they are with the keeper.
+    """
+
+    def __init__(self, uses: Sequence[ResourceUse], *, keeping: bool = False) -> None:
         self._uses = uses
+        self._keeping = keeping
         self._stack = contextlib.ExitStack()
         self._opened: dict[str, Any] | None = None
 
@@ -134,6 +153,9 @@ class Resources:
         if self._opened is None:
             opened: dict[str, Any] = {}
             for use in self._uses:
+                if use.resource.options.scope == "run" and not self._keeping:
+                    opened[use.resource.name] = Proxy(use.resource.name)
+                    continue
                 wanted = {b.name: opened[b.name] for b in use.signature.bindings if b.name in opened}
                 made = use.resource.function(**{**wanted, **use.values})
                 if use.signature.is_generator:

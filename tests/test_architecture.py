@@ -32,7 +32,7 @@ LAYERS = (
         "results",
         "scheduler",
     },
-    {"inlet", "inputs", "lanes", "letters", "work"},
+    {"inlet", "inputs", "keeper", "lanes", "letters", "listener", "locks", "shared", "work"},
     {"pool", "driver"},
     {"running"},
     {"session", "stream"},

@@ -130,7 +130,7 @@ def test_cooks_end_before_eaters_and_eaters_before_main(backend: str, tmp_path: 
 
     assert ended.returncode == 0, ended.stdout
     told = ended.stdout
-    dishes = re.findall(r"eat: ate dish='(\w+ \d)' place=chopsticks", told)
+    dishes = re.findall(r"eat: ate (\w+ \d) with chopsticks", told)
     assert sorted(dishes) == [f"{dish} {number}" for dish in ("noodles", "soup") for number in range(10)]
     assert told.count("place cleared") == told.count("of stage eat") // 2 == 2
     first_end_of_an_eater = re.search(r"worker \d of stage eat.* ended", told)
