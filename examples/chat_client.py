@@ -1,9 +1,9 @@
 """
 Clients of chat_server.py, several at once: jobq run examples/chat_client.py -p port=5000 -p clients=6 -o -
 
-The textbook opens six terminals, or starts six processes that print over each other's lines, and if one fails
-nobody knows. Here each client is a job; all run at once, in threads of one worker; one process writes
-what they heard, whole; a server that isn't there yet is tried again, and one that stays away makes dead letters.
+The textbook opens six terminals, or starts six processes that print over each other's lines, and nobody knows
+if one failed. Here each client is a job; they run at once, in threads of one worker; one process writes what
+they heard, whole; a server that isn't there yet is tried again, and one that stays away makes dead letters.
 """
 
 import socket

@@ -1,10 +1,10 @@
 """
 A chat server on four workers: jobq run examples/chat_server.py -p port=5000 (and see chat_client.py)
 
-The textbook gives what it accepts to `pool.apply_async` and looks at no result: nobody hears of what goes wrong
-in a conversation, and Ctrl-C prints a traceback per process and drops everybody in mid-sentence. Here a
-client that vanishes is counted as filtered, the fifth of five waits until a worker is free, and Ctrl-C lets each
-worker finish its answer, close its client and end.
+The textbook gives what it accepts to `pool.apply_async` and looks at no result: nobody hears of what went
+wrong in a conversation, and Ctrl-C prints a traceback per process and leaves its clients in mid-sentence.
+Here a client that vanishes is counted as filtered, the fifth of five waits until a worker is free, and Ctrl-C
+lets each worker finish its answer, close its client and end.
 """
 
 import socket

@@ -2,9 +2,9 @@
 Rows of a CSV file made clean: jobq run examples/etl_csv.py -p file=orders.csv -o - | head
 
 Or in a shell pipe, JSON lines to JSON lines: jobq run examples/etl_csv.py --input - -o - <orders.jsonl | sort
-The textbook reads `sys.stdin` in a child, where it is empty; its workers print, so that lines mix; the first bad
-row stops it, or vanishes in an `except: pass`. Here one process reads, one writes, in the order of the input;
-a bad row is a dead letter that names its line and field, and the exit code is 1.
+The textbook reads `sys.stdin` in a child, where it is empty; its workers print, so that lines mix; the first
+bad row stops it, or vanishes in an `except: pass`. Here one process reads, one writes, in the order of the
+input; a bad row is a dead letter that names its line and field, and the exit code is 1.
 """
 
 import csv
@@ -53,4 +53,4 @@ def clean(row: Row) -> Order | None:
 
 
 if __name__ == "__main__":
-    pipeline.run()
+    pipeline.run(file="orders.csv")

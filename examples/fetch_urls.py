@@ -1,32 +1,31 @@
 """
 Many URLs at once, a callback as each arrives, in three ways side by side: python examples/fetch_urls.py
 
-The textbook passes `callback=` to `pool.apply_async`: it isn't called for a URL that fails, what it raises ends
-the pool's result thread so that every later `get()` hangs, and the `get()` of a worker that died hangs too.
-Here a callback gets the future, failed or not, and all of them have run when the `with` ends.
+The textbook passes `callback=` to `pool.apply_async`: it isn't called for a URL that fails, what it raises
+ends the pool's result thread so that every later `get()` hangs, and so does that of a worker that died. Here
+a callback gets the future, failed or not, and all of them have run when the `with` ends.
 """
 
 import asyncio
 import threading
 import time
-import urllib.request
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from urllib.request import urlopen
 
 from jobq import Pipeline
 
-DELAYS = [0.5] + [0.1] * 19  # seconds that the server takes: the first URL is the slowest
+DELAYS = [0.5] + [0.1] * 19  # seconds until the server answers /0.5, then 19 times /0.1
 
 
 class Slow(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        time.sleep(float(self.path[1:]))  # /0.1 is answered after 0.1 s
+        time.sleep(float(self.path[1:]))
         self.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n" + self.path.encode())
 
 
 def fetch(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=10) as response:
+    with urlopen(url, timeout=10) as response:
         return str(response.read().decode())
 
 
@@ -39,10 +38,10 @@ async def fetch_async(url: str) -> str:
     return answer.decode().rpartition("\r\n")[2]
 
 
-def time_it(way: str, function: Callable[[str], Any], urls: list[str], **options: int) -> None:
-    """Print how long *function* took for all of *urls*, and which of them arrived last."""
-    pipeline, arrived = Pipeline(function.__name__), list[str]()
-    pipeline.consumer(function, **options)
+def time_it(way: str, function: Callable[[str], object], urls: list[str], **options: int) -> None:
+    """Print how long *function* took for all of *urls*, and which arrived last."""
+    arrived: list[object] = []
+    (pipeline := Pipeline(function.__name__)).consumer(function, **options)
     began = time.monotonic()
     with pipeline.open() as run:
         for url in urls:

@@ -31,17 +31,16 @@ def visit(guest: int, board: dict[str, int], job: Job, kill: bool = False) -> No
         with lock:
             board["inside"] += 1
             board["most"] = max(board["most"], board["inside"])
-        time.sleep(0.02)
+        time.sleep(0.03)
         with lock:
             board["inside"] -= 1
-            board["visits"] += 1
 
 
 @pipeline.resource(scope="run")
 def board() -> Iterator[dict[str, int]]:
-    counts = {"inside": 0, "most": 0, "visits": 0}
+    counts = {"inside": 0, "most": 0}
     yield counts
-    print(f"{counts['visits']} visits, {counts['inside']} inside, {counts['most']} at most", flush=True)
+    print(f"at most {counts['most']} were inside, {counts['inside']} are", flush=True)
 
 
 if __name__ == "__main__":

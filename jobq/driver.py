@@ -152,6 +152,7 @@ class Driver:
             name: Pool(line, backend, sizes[name], self._started) for name, line in scheduler.lines.items()
         }
         self._producers = [pool for pool in self.pools.values() if pool.line.is_producer]
+        self._limited = [pool for pool in self.pools.values() if pool.limit is not None]
         self._consumers = [pool for pool in self.pools.values() if not pool.line.is_producer]
 
     # ── from outside ─────────────────────────────────────────────────────────
@@ -258,6 +259,9 @@ class Driver:
             self._stop_now()
         if self.ending.level or self.ending.halted:
             self._press(now)
+        for pool in self._limited:
+            if pool.look_at is not None and now >= pool.look_at:
+                self._enforce_limit(pool)
         if not self._closing:
             if not self.ending.halted and not self.paused:
                 self._dispatch(now)
@@ -281,6 +285,9 @@ class Driver:
                     due = min(due, line.oldest + line.node.stage.consumer.batch_timeout)
             for at in self._checks.values():
                 due = min(due, at)
+            for pool in self._limited:
+                if pool.look_at is not None:
+                    due = min(due, pool.look_at)
             if now < self.ending.since + PRODUCER_GRACE_SECONDS:
                 due = min(due, self.ending.since + PRODUCER_GRACE_SECONDS)
         if self._ticking:
@@ -452,6 +459,11 @@ class Driver:
         back, stopped = 0, self.ending.killed or self.stops >= STOP
         if line.is_producer:
             self._lost_producer(line, name, reason)
+        elif member.overdue:
+            seconds = line.node.stage.consumer.timeout or 0.0
+            reason = f"was stopped: its job took longer than {seconds:g} s"
+            self.scheduler.overran(line, name, member.overdue, seconds, time.monotonic())
+            back = self.scheduler.lost(line, name, (), None, reason, time.monotonic())
         elif stopped:  # by us: nobody is to blame
             self.scheduler.lost(line, name, (), None, reason, time.monotonic())
         else:
@@ -467,7 +479,9 @@ class Driver:
         if not self._closing and own_end and not member.ready and not self._anybody_came_up:
             self._give_up(f"stage {line.name}: the first worker ended before it was ready: {reason}")
         elif not line.is_producer and not self._closing:
-            self._replace(pool, member, reason, blameless=not tickets and decoding is None)
+            self._replace(
+                pool, member, reason, blameless=not (tickets or member.overdue) and decoding is None
+            )
 
     def _lost_producer(self, line: Line, name: str, reason: str) -> None:
         if name in line.ended or self.stops or self.ending.halted or self.ending.killed:
@@ -561,6 +575,9 @@ class Driver:
         if chunk is not None:
             member.worker.send(chunk)
             self._watch(member)
+            pool = member.pool
+            if pool.limit is not None and pool.look_at is None:
+                pool.look_at = time.monotonic() + pool.limit
         return chunk
 
     def _grant(self, pool: Pool) -> None:
@@ -601,6 +618,22 @@ class Driver:
         if line.ready > before:
             self._checks.pop(name, None)
             (self._give_batches(pool, now) if line.batch is not None else self._give_chunks(pool))
+
+    def _enforce_limit(self, pool: Pool) -> None:
+        """Stop workers whose jobs are over their time limit; look again when the next can be."""
+        assert pool.limit is not None
+        limit = round(pool.limit * 1e9)
+        soonest, now = limit, time.monotonic_ns()
+        for member in pool.members:
+            if member.overdue or not member.ready or not member.load:
+                continue
+            ages = member.ages(now)
+            member.overdue = {ticket for ticket, age in ages if age >= limit}
+            if member.overdue:
+                member.worker.kill()
+            soonest = min([soonest, *(limit - age for _, age in ages if age < limit)])
+        busy = any(member.load for member in pool.members)
+        pool.look_at = (now + max(soonest, 1_000_000)) / 1e9 if busy else None
 
     def _take_back(self, member: Member) -> None:
         line, name = member.pool.line, member.worker.name

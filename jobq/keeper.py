@@ -1,8 +1,9 @@
 """
 The keeper: the worker that opens a run's run-scoped resources, and gives all others access to them.
 
-Started by the backend before the others, closed after them; gets no orders. Its death ends the run. Where workers
-are processes it is one too, and a thread of it does all that is done to the objects, from opening to closing.
+Started by the backend before the others, closed after them; gets no orders. Its death ends the run. Where
+workers are processes it is one too, and one thread of it does all that is done to the objects, from opening
+to closing.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jobq.backend import IDLE, LANES, LIMIT, Port
+from jobq.errors import TimeLimitExceeded
 from jobq.failure import failure_of, refusal
 from jobq.locks import join
 from jobq.outbox import DONE, FAILED, FILTERED, Counters, Flusher, Marker
@@ -19,6 +20,7 @@ from jobq.work import (
     Caller,
     Intake,
     StageRecipe,
+    check_limit,
     encode_carefully,
     outcome_of,
     places,
@@ -66,6 +68,7 @@ class Lanes:
         self._giving = read_giving(recipe, port.codec)
         self._intake = Intake(recipe, port)
         self._retry_on = recipe.stage.consumer.retry_on
+        self._timeout = recipe.stage.consumer.timeout
         self._lock = threading.Lock()
         self._tallies: dict[int, LaneTally] = {}
         self._counters = Counters(emitted=[0] * len(recipe.routes))
@@ -110,6 +113,7 @@ class Lanes:
     def _may_begin(self, lane: int, task: Task) -> bool:
         """Write the job down as begun in *lane*, unless it was taken back."""
         ticket = task.tally.number + (task.batch[0] if task.batch else task.index)
+        self._page[LANES + 2 * lane + 1] = time.monotonic_ns()
         self._page[LANES + 2 * lane] = ticket
         if ticket < self._page[LIMIT]:
             return True
@@ -258,6 +262,7 @@ class ThreadLanes(Lanes):
         try:
             job = caller.job(task.part, task.index, task.offset) if caller.wants_job else {}
             outcome = self._outcome(caller.function(task.item, **job))
+            check_limit(self._timeout, int(began * 1e9))
         except BaseException as error:  # the job's, whatever it is
             outcome, raised = outcome_of(error), error
         self._conclude(task, outcome, raised, time.monotonic() - began)
@@ -316,10 +321,14 @@ class AsyncLanes(Lanes):
 
     async def _do(self, lane: int, task: Task) -> None:
         began = time.monotonic()
-        raised = None
+        raised: BaseException | None = None
         try:
             job = self._caller.job(task.part, task.index, task.offset) if self._caller.wants_job else {}
-            outcome = self._outcome(await self._called(self._caller.function, task.item, job))
+            async with asyncio.timeout(self._timeout) as limit:
+                outcome = self._outcome(await self._called(self._caller.function, task.item, job))
+        except TimeoutError as error:
+            late = TimeLimitExceeded(f"the job took longer than {self._timeout:g} s")
+            outcome, raised = FAILED, late if limit.expired() else error
         except BaseException as error:  # the job's, whatever it is
             outcome, raised = outcome_of(error), error
         self._conclude(task, outcome, raised, time.monotonic() - began)

@@ -4,8 +4,8 @@ Frames between processes of one machine, one run and one user, over a socket tha
     Contact.ask ── frame ──> Listener ── heard(peer, bytes)
                 <── frame ── Peer.send
 
-The listener learns of a peer's death from the kernel, by pidfd: the end of a connection tells nothing, since a
-child of the peer may hold it. It never waits for one peer; only its selector is waited for.
+The listener learns of a peer's death from the kernel, by pidfd: a connection may stay open, since a child of
+the peer can hold it. It never waits for one peer; only its selector is waited for.
 """
 
 from __future__ import annotations

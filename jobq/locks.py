@@ -1,11 +1,11 @@
 """
 `Lock` and `Semaphore`: one at a time, or *n*, among all workers and threads of a run.
 
-    Lock.acquire ── ask ──> Desk (the driver) ── Book: who holds what, who waits
-                 <─ True ──
+    Lock.acquire ─── ask ───> Desk, in the driver's thread ── Book: who holds what, who waits
+                 <─ granted ─
 
-Whoever grants sees each holder's death itself, so that a lock is never lost with its holder. Where workers are
-threads, the book is kept in this process.
+Whoever grants sees each holder's death itself, so that a lock is never lost with its holder. Where workers
+are threads, the book is kept in this process.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Desk:
     def __init__(self, address: str) -> None:
         self._book = Book()
         self._waiters: dict[Peer, Waiter] = {}
-        self._listener = Listener(address, self._heard, left=self._withdraw, gone=self._book.gone)
+        self._listener = Listener(address, self._heard, left=self._leave, gone=self._book.gone)
         self.fd = self._listener.fd
 
     def serve(self) -> None:
@@ -141,6 +141,9 @@ class Desk:
     def _grant(self, peer: Peer) -> None:
         del self._waiters[peer]
         peer.send(ANSWERS[GRANTED])
+
+    def _leave(self, peer: Peer) -> None:
+        self._withdraw(peer)
 
     def _withdraw(self, peer: Peer) -> bool:
         waiter = self._waiters.pop(peer, None)
@@ -397,7 +400,9 @@ class Semaphore:
         place = here(repr(self))
         mine = place.held[threading.get_ident()]
         if timeout is None and mine[self._key] >= self.n:
-            raise RuntimeError(f"{self!r}: this thread holds it already, and would wait for itself for ever")
+            raise RuntimeError(
+                f"{self!r}: this thread holds it, and would wait for itself (among coroutines: async with)"
+            )
         if not place.acquire(self._key, self.n, timeout):
             return False
         mine[self._key] += 1
@@ -420,6 +425,43 @@ class Semaphore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.release()
+
+    async def __aenter__(self) -> Semaphore:
+        """Return when it is granted; other coroutines go on meanwhile, which one of them may hold it."""
+        import asyncio
+
+        place, loop = here(repr(self)), asyncio.get_running_loop()
+        taken: asyncio.Future[None] = loop.create_future()
+
+        def tell(error: BaseException | None) -> None:
+            if error is not None and not taken.done():
+                taken.set_exception(error)
+            elif not taken.done():
+                taken.set_result(None)
+            elif error is None:
+                place.release(self._key)
+
+        def wait() -> None:
+            error = None
+            try:
+                place.acquire(self._key, self.n, None)
+            except BaseException as raised:  # raised again where it is awaited
+                error = raised
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and so is the run
+                loop.call_soon_threadsafe(tell, error)
+
+        threading.Thread(target=wait, name="jobq-lock", daemon=True).start()
+        try:
+            await taken
+        except asyncio.CancelledError:
+            if taken.done() and not taken.cancelled() and taken.exception() is None:
+                place.release(self._key)  # granted, and cancelled before we could go on
+            raise
+        place.held[threading.get_ident()][self._key] += 1
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
         self.release()
 
 

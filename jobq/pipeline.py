@@ -124,7 +124,8 @@ class Pipeline:
         Declare what stages may ask for by a parameter's name; the function is returned unchanged.
 
         A function, or a generator that yields once: opened once per worker before its first job, closed at
-        its end. Options: ``name``, ``scope="worker"``.
+        its end. With ``scope="run"``: opened once, in a process of its own, and shared by all workers
+        through a `jobq.shared.Proxy`. Options: ``name``, ``scope``.
         """
         if function is None:
             return lambda function: self._add_resource(function, dict(options))

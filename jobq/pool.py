@@ -19,6 +19,10 @@ CRASH_LIMIT = 5
 SLOW_SECONDS = 0.002
 
 
+#: An async job that does not end when it is cancelled is stopped with its worker, so much later.
+ASYNC_GRACE_SECONDS = 1.0
+
+
 @dataclass(slots=True)
 class Member:
     """A worker, as its pool knows it."""
@@ -32,6 +36,7 @@ class Member:
     gone: bool = False
     registered: tuple[Waitable, ...] = ()
     totals: Totals = field(default_factory=Totals)
+    overdue: set[int] = field(default_factory=set)  # tickets for which it is being stopped
     sample: int = IDLE
     sampled_at: float = 0.0
 
@@ -44,6 +49,12 @@ class Member:
         """Return the tickets of the jobs in hand."""
         page = self.worker.page
         return [ticket for ticket in (page[word] for word in range(LANES, len(page), 2)) if ticket != IDLE]
+
+    def ages(self, now: int) -> list[tuple[int, int]]:
+        """Return the tickets in hand, and for how many nanoseconds each has been."""
+        page = self.worker.page
+        lanes = [(page[word], now - page[word + 1]) for word in range(LANES, len(page), 2)]
+        return [(ticket, age) for ticket, age in lanes if ticket != IDLE]
 
     def decoding(self) -> int | None:
         """Return the number of the chunk whose items are being decoded."""
@@ -78,6 +89,11 @@ class Pool:
         self._backend = backend
         self._started = started
         self._serial = 0
+        self.look_at: float | None = None  # when a job in hand can be over its time limit
+        #: Seconds after which a job's worker is stopped: an async job is cancelled by its worker first.
+        timeout = None if line.is_producer else line.node.stage.consumer.timeout
+        grace = ASYNC_GRACE_SECONDS if line.node.signature.is_async and line.lanes > size else 0.0
+        self.limit = None if timeout is None else timeout + grace
         self._deaths = 0
         self._settled_at_death = 0
 

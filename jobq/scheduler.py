@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+from jobq.errors import TimeLimitExceeded
 from jobq.lineage import Lineage
 from jobq.ordering import Sequencer
 from jobq.policy import Uniform, retry_delay
@@ -382,7 +383,7 @@ class Scheduler:
         self.lineage.end(roots, counts=False)
 
     def withdraw(self, root: int) -> bool:
-        """Cancel a source item if no job of it has begun, and all wait here; return whether it is cancelled."""
+        """Cancel a source item if no job of it has begun, and all wait here; return whether it went."""
         found = [
             (line, part)
             for line in self.lines.values()
@@ -701,6 +702,33 @@ class Scheduler:
         line.books.retried += 1
         self.happened.append(Retried(line.name, worker, part, failure, delay))
         return [(delay, replace(part, attempt=part.attempt + 1))]
+
+    def overran(self, line: Line, worker: str, tickets: Iterable[int], seconds: float, now: float) -> None:
+        """
+        Let the jobs that took longer than their stage's time limit fail; their worker is being stopped.
+
+        Of a batch, which is one call, all jobs fail. A job that has been answered meanwhile is fine.
+        """
+        failure = Failure(
+            0,
+            "error",
+            "TimeLimitExceeded",
+            f"the job took longer than {seconds:g} s",
+            "",
+            retriable=issubclass(TimeLimitExceeded, line.node.stage.consumer.retry_on),
+        )
+        again = []
+        for number, flight in line.flights.get(worker, {}).items():
+            late = {ticket - number for ticket in tickets if 0 <= ticket - number < flight.chunk.count}
+            if late and line.batch is not None:
+                late = set(_indices(flight.open))
+            for index in sorted(late & set(_indices(flight.open))):
+                # The worker will never count this failure: neither do we.
+                line.books.failed -= 1
+                again += self._failed(line, worker, flight, replace(failure, index=index))
+        if again:
+            self._delay(line, again, now)
+        self._release_order(line, now)
 
     def _delay(self, line: Line, again: list[tuple[float, Part]], now: float) -> None:
         """Let failed jobs wait for their next attempt: those of one batch together."""

@@ -553,7 +553,11 @@ class Session:
 
     def look(self) -> None:
         """Where there is no thread that drives, do what can be done without waiting."""
-        if not self.has_thread and not self._ended and not self._turn.mine:
+        if self.has_thread or self._turn.mine:
+            return
+        for _ in range(len(self._running.graph.nodes) + 2):  # so an item comes through
+            if self._ended:
+                return
             self._wake()
             self._step()
 
@@ -570,8 +574,7 @@ class Session:
                 loop.call_soon(self._attend, loop)
 
     def _attend(self, loop: Any) -> None:
-        for _ in range(8):
-            self.look()
+        self.look()
         if self._ended or not any(future.watched for future in list(self._futures.values())):
             self._attending = None
         else:
@@ -607,6 +610,7 @@ class Session:
             if self._ended:
                 raise JobqError("this run has ended")
             answer = function()
+        self._wake()  # whoever drives next looks at what has changed
         self._call_here()
         return answer
 

@@ -3,17 +3,18 @@ Run-scoped resources as jobs see them: a `Proxy` that has every operation done b
 
     proxy["a"] = 1 ── ("counts", "setitem", ("a", 1)) ──> Board.perform, one at a time ──> the object
 
-Arguments and what comes back are copies (by reference where workers are threads). One operation is one step that
-nothing interrupts; ``proxy["a"] += 1`` is two, so hold a `jobq.Lock` around it.
+Arguments and what comes back are copies (by reference where workers are threads). One operation is one step
+that nothing interrupts; ``proxy["a"] += 1`` is two, so hold a `jobq.Lock` around it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import pickle
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, ItemsView, Iterator, KeysView, ValuesView
 from functools import partial
 from typing import Any
 
@@ -26,7 +27,7 @@ from jobq.wire import PROTOCOL
 #: A worker whose keeper is gone is ended by its driver, which sees it too; it waits so long for that.
 KEEPER_GRACE_SECONDS = 5.0
 
-_VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
+_VIEWS = (KeysView, ValuesView, ItemsView)
 
 
 class _Method:
@@ -74,7 +75,7 @@ class Board:
         """Return what the operation *what* gives on the object *name*."""
         with self._one_at_a_time:
             kept = self._kept[name]
-            if args[:1] == ("value",) and what in ("attribute", "set") and not hasattr(kept, "value"):
+            if what in ("attribute", "set") and args[0] == "value" and not hasattr(kept, "value"):
                 if what == "set":  # a number: there is nothing else in which it could be changed
                     self._kept[name] = args[1]
                 return kept
@@ -90,8 +91,8 @@ class Board:
             except Exception as error:
                 method = args[0] if what in ("call", "attribute") else what
                 raise PayloadError(
-                    f"what {name}.{method} gives cannot be pickled: {type(error).__name__}: {safe_text(error)}."
-                    " It is kept in a process of its own: let a method return plain data"
+                    f"what {name}.{method} gives cannot be pickled: {type(error).__name__}:"
+                    f" {safe_text(error)}. It is kept in a process of its own: let a method return plain data"
                 ) from error
         except BaseException as error:  # user code: its error belongs to whoever asked
             failure = failure_of(0, error, None, ())
@@ -101,14 +102,10 @@ class Board:
 
 def _rebuild(error: str, message: str, traceback: str, pickled: bytes | None) -> BaseException:
     """Return the exception that was raised where the object is kept, with its traceback as its cause."""
-    raised: Any = None
-    if pickled is not None:
-        try:
-            raised = pickle.loads(pickled)
-        except BaseException:  # user code: an exception that pickles but does not unpickle
-            raised = None
-    if not isinstance(raised, BaseException):
-        raised = JobqError(f"{error}: {message}")
+    raised: BaseException = JobqError(f"{error}: {message}")
+    with contextlib.suppress(BaseException):  # user code: an exception that pickles but does not unpickle
+        loaded = pickle.loads(pickled or b"")
+        raised = loaded if isinstance(loaded, BaseException) else raised
     raised.__cause__ = RemoteTraceback(traceback)
     return raised
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from jobq.annotations import Signature, read_signature, spell
 from jobq.backend import DECODING, HINT, IDLE, LANES, LIMIT, STOPPING, Port, Work
-from jobq.errors import Interrupted, PayloadError, Skip
+from jobq.errors import Interrupted, PayloadError, Skip, TimeLimitExceeded
 from jobq.failure import failure_of, refusal, safe_text
 from jobq.locks import inside, join, joined
 from jobq.outbox import DONE, FAILED, FILTERED, ManyRoutes, NoTaker, OneRoute, Outbox, Packer, Piece, Tally
@@ -454,8 +454,9 @@ class Serial:
         self._awaiter = Awaiter()
         self._retry_on = recipe.stage.consumer.retry_on
         self._nullable = signature.nullable
-        self._plain = not (
-            signature.many or signature.is_async or self._caller.wants_job or signature.batched
+        self._plain = (
+            not (signature.many or signature.is_async or self._caller.wants_job or signature.batched)
+            and recipe.stage.consumer.timeout is None
         )
 
     def run(self, order: Order) -> None:
@@ -530,7 +531,10 @@ class Serial:
 
     def _each(self, chunk: Chunk, items: list[Any], bad: Mapping[int, str], tally: Tally) -> None:
         page, number = self._page, chunk.number
+        timeout = self._recipe.stage.consumer.timeout
         for index, (item, (part, offset)) in enumerate(zip(items, places(chunk), strict=True)):
+            began = time.monotonic_ns()
+            page[LANES + 1] = began  # before the ticket: the driver may take a job for younger, not for older
             page[LANES] = number + index
             if number + index >= page[LIMIT]:
                 return
@@ -540,7 +544,9 @@ class Serial:
                 continue
             try:
                 job = self._caller.job(part, index, offset) if self._caller.wants_job else {}
-                tally.outcomes.append(self._outcome(index, self._caller.function(item, **job)))
+                outcome = self._outcome(index, self._caller.function(item, **job))
+                check_limit(timeout, began)
+                tally.outcomes.append(outcome)
             except Interrupted:
                 raise
             except BaseException as error:  # the job's, whatever it is
@@ -585,6 +591,8 @@ class Serial:
     def _batch(self, chunk: Chunk, items: list[Any], bad: Mapping[int, str], tally: Tally) -> None:
         """Call the function once with all items that are fine."""
         page = self._page
+        began = time.monotonic_ns()
+        page[LANES + 1] = began
         page[LANES] = chunk.number
         if chunk.number >= page[LIMIT]:
             return
@@ -599,6 +607,7 @@ class Serial:
         try:
             job = self._caller.job(part, last, offset) if self._caller.wants_job else {}
             given = self._outcome(last, self._caller.function(good, **job))
+            check_limit(self._recipe.stage.consumer.timeout, began)
             if given is FILTERED:
                 outcomes = [FILTERED if outcome is DONE else outcome for outcome in outcomes]
             elif given is not DONE:
@@ -632,6 +641,12 @@ def places(chunk: Chunk) -> Iterator[tuple[Part, int]]:
     for part in chunk.parts:
         for offset in range(part.block.count):
             yield part, offset
+
+
+def check_limit(timeout: float | None, began: int) -> None:
+    """Raise `TimeLimitExceeded` for a call that took too long and was not stopped in time."""
+    if timeout is not None and time.monotonic_ns() - began > timeout * 1e9:
+        raise TimeLimitExceeded(f"the job took longer than {timeout:g} s")
 
 
 def outcome_of(error: BaseException) -> Any:

@@ -167,6 +167,36 @@ def test_falsy_items_arrive_like_all_others(backend: str, tmp_path: Path) -> Non
 # ── 6: shared state and events ───────────────────────────────────────────────
 
 
+@on("backend", ALL)
+def test_a_count_of_100_ends_at_0(backend: str, tmp_path: Path) -> None:
+    assert command("shared_count.py", "-b", backend, cwd=tmp_path) == ["0 left"]
+
+
+@on("backend", PROCESSES)
+def test_a_count_of_100_ends_at_0_though_two_holders_of_the_lock_are_killed(
+    backend: str, tmp_path: Path
+) -> None:
+    ended = run(JOBQ, "run", EXAMPLES / "shared_count.py", "-b", backend, "-p", "kill=true", cwd=tmp_path)
+
+    assert lines(ended) == ["0 left"]
+    assert ended.stderr.count("killed by SIGKILL while on item") == 2
+
+
+@on("backend", ALL)
+def test_at_most_three_are_in_the_section(backend: str, tmp_path: Path) -> None:
+    most = 1 if backend == "inline" else 3
+
+    assert command("semaphore.py", "-b", backend, cwd=tmp_path) == [f"at most {most} were inside, 0 are"]
+
+
+@on("backend", PROCESSES)
+def test_three_may_be_in_the_section_after_three_were_killed_in_it(backend: str, tmp_path: Path) -> None:
+    ended = run(JOBQ, "run", EXAMPLES / "semaphore.py", "-b", backend, "-p", "kill=true", cwd=tmp_path)
+
+    assert lines(ended) == ["at most 3 were inside, 0 are"]
+    assert ended.stderr.count("killed by SIGKILL while on item") == 3
+
+
 @on("backend", PARALLEL)
 def test_nobody_drives_at_red_and_the_patrol_ends_in_good_order(backend: str, tmp_path: Path) -> None:
     assert script("event.py", backend, cwd=tmp_path) == [
@@ -280,6 +310,8 @@ CLASSICS = [
     "joinable_noodles",
     "pipe_eof",
     "pipe_consumers",
+    "shared_count",
+    "semaphore",
     "event",
     "pool_apply",
     "pool_async",
@@ -294,4 +326,4 @@ CLASSICS = [
 @on("name", CLASSICS)
 def test_a_classic_has_sixty_lines_at_most_and_is_in_the_table(name: str) -> None:
     assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 60
-    assert f"[`{name}.py`]({name}.py)" in (EXAMPLES / "README.md").read_text()
+    assert f"| [`{name}.py`]({name}.py) | " in (EXAMPLES / "README.md").read_text()

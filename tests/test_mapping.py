@@ -1,0 +1,285 @@
+"""`jobq.map`: one function over many items."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import itertools
+import multiprocessing
+import operator
+import os
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+import jobq
+from jobq import PayloadError, PipelineError, WorkerLost
+from tests.test_deaths import die, until
+from tests.test_run import BACKENDS, PROCESSES, Gate, Notes, Plain, Unpicklable
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Notes:
+    return Notes(tmp_path / "notes")
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Iterator[Gate]:
+    gate = Gate(tmp_path / "gate")
+    yield gate
+    gate.close()
+
+
+def square(x: int) -> int:
+    return x * x
+
+
+def close(results: Iterator[Any]) -> None:
+    """Leave the loop over *results*."""
+    cast("Generator[Any, None, None]", results).close()
+
+
+def test_results_come_in_order(backend: str) -> None:
+    assert list(jobq.map(square, range(3000), workers=2, backend=backend)) == [i * i for i in range(3000)]
+
+
+def test_nothing_comes_of_nothing(backend: str) -> None:
+    assert list(jobq.map(square, [], backend=backend)) == []
+
+
+def test_unordered_results_all_come(backend: str) -> None:
+    results = jobq.map(square, range(3000), workers=2, backend=backend, ordered=False)
+
+    assert Counter(results) == Counter(i * i for i in range(3000))
+
+
+@pytest.mark.parametrize("name", [*PROCESSES, "thread"])
+@pytest.mark.parametrize("ordered", [True, False], ids=["ordered", "unordered"])
+def test_a_slow_item_holds_up_the_others_only_where_order_is_asked_for(
+    name: str, ordered: bool, gate: Gate, notes: Notes
+) -> None:
+    def work(i: int) -> int:
+        if i == 0:
+            gate.wait()
+        else:
+            notes.add(i)
+        return i
+
+    results = jobq.map(work, range(4), workers=2, backend=name, ordered=ordered)
+
+    if ordered:
+        opener = threading.Thread(target=lambda: (until(lambda: len(notes.lines()) == 3), gate.open()))
+        opener.start()
+        assert list(results) == [0, 1, 2, 3]
+        opener.join()
+    else:
+        assert sorted(itertools.islice(results, 3)) == [1, 2, 3]
+        gate.open()
+        assert list(results) == [0]
+
+
+@pytest.mark.parametrize("ordered", [True, False], ids=["ordered", "unordered"])
+def test_every_input_has_one_output_none_too(backend: str, ordered: bool) -> None:
+    given = [None, 0, "", [], [1, 2], (3,), {"a": None}]
+
+    results = list(jobq.map(lambda item: item, given, backend=backend, ordered=ordered))
+
+    assert sorted(map(repr, results)) == sorted(map(repr, given))
+    if ordered:
+        assert results == given
+
+
+def test_lambdas_closures_partials_builtins_and_methods_can_be_mapped(backend: str) -> None:
+    factor = 3
+    functions: list[tuple[Any, list[int]]] = [
+        (lambda x: x * factor, [3, 6]),
+        (functools.partial(operator.add, 10), [11, 12]),
+        (abs, [1, 2]),
+        ((5).__sub__, [4, 3]),
+    ]
+    for function, expected in functions:
+        assert list(jobq.map(function, [1, 2], backend=backend)) == expected
+
+
+def test_annotations_of_the_function_do_not_matter(backend: str) -> None:
+    def wrong(x: str) -> bytes:
+        return x * 2  # type: ignore[return-value]  # what is tested
+
+    assert list(jobq.map(wrong, [1, 2], backend=backend)) == [2, 4]
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_async_functions_can_be_mapped(backend: str, concurrency: int) -> None:
+    async def later(x: int) -> int | None:
+        await asyncio.sleep(0)
+        return x * 2 if x else None
+
+    results = list(jobq.map(later, range(50), backend=backend, concurrency=concurrency))
+
+    assert results == [None, *range(2, 100, 2)]
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_named_functions_can_be_mapped_in_spawned_workers(name: str) -> None:
+    assert list(jobq.map(square, [1, 2], backend=name, start_method="spawn")) == [1, 4]
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_lambdas_are_refused_where_they_cannot_be_found_by_name(name: str) -> None:
+    with pytest.raises(PipelineError, match="start_method"):
+        next(jobq.map(lambda x: x, [1], backend=name, start_method="spawn"))
+
+
+def test_wrong_options_are_refused_at_the_call(backend: str) -> None:
+    with pytest.raises(PipelineError, match="workers"):
+        jobq.map(square, [1], workers=0, backend=backend)
+    with pytest.raises(PipelineError, match="nonsense"):
+        list(jobq.map(square, [1], nonsense=1, backend=backend))
+
+
+def test_nothing_starts_before_the_first_result_is_asked_for(backend: str) -> None:
+    read: list[int] = []
+
+    def items() -> Iterator[int]:
+        read.append(1)
+        yield 1
+
+    before = threading.active_count()
+    results = jobq.map(square, items(), backend=backend)
+
+    assert (read, threading.active_count(), multiprocessing.active_children()) == ([], before, [])
+    assert list(results) == [1]
+
+
+@pytest.mark.parametrize("ordered", [True, False], ids=["ordered", "unordered"])
+def test_an_endless_input_is_read_ahead_within_bounds(backend: str, ordered: bool) -> None:
+    read = itertools.count()
+    latest = 0
+
+    def endless() -> Iterator[int]:
+        nonlocal latest
+        for latest in read:
+            yield latest
+
+    results = jobq.map(square, endless(), backend=backend, ordered=ordered, workers=2)
+    for count, _ in enumerate(itertools.islice(results, 3000)):
+        assert latest <= count + 1001
+    close(results)
+
+
+def test_leaving_the_loop_stops_the_run_and_closes_the_input(backend: str) -> None:
+    closed: list[bool] = []
+
+    def endless() -> Iterator[int]:
+        try:
+            yield from itertools.count()
+        finally:
+            closed.append(True)
+
+    for result in jobq.map(square, endless(), backend=backend, workers=2):
+        if result == 100:
+            break
+
+    assert closed == [True]
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("ordered", [True, False], ids=["ordered", "unordered"])
+def test_an_item_that_fails_raises_at_its_turn_and_ends_the_run(backend: str, ordered: bool) -> None:
+    def work(i: int) -> int:
+        if i == 13:
+            raise Plain("thirteen")
+        return i
+
+    got: list[int] = []
+    with pytest.raises(Plain, match="thirteen") as caught:
+        for result in jobq.map(work, itertools.count(), backend=backend, ordered=ordered, workers=2):
+            got.append(result)  # noqa: PERF402  # the loop raises
+
+    if ordered:
+        assert got == list(range(13))
+    assert "in work" in str(caught.value.__cause__)
+
+
+def test_an_input_that_raises_ends_the_run(backend: str) -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        raise Plain("no more")
+
+    with pytest.raises(Plain, match="no more"):
+        list(jobq.map(square, items(), backend=backend))
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_what_cannot_be_pickled_raises(name: str) -> None:
+    with pytest.raises(PayloadError, match="not me"):
+        list(jobq.map(square, [Unpicklable()], backend=name))
+    with pytest.raises(PayloadError, match="not me"):
+        list(jobq.map(lambda _: Unpicklable(), [1], backend=name))
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_a_worker_that_dies_is_replaced_and_an_item_that_kills_raises(name: str, tmp_path: Path) -> None:
+    marker = tmp_path / "died"
+
+    def work(i: int) -> int:
+        if i == 20 and not marker.exists():
+            marker.touch()
+            die()
+        if i == 200:
+            die()
+        return i
+
+    results = jobq.map(work, range(300), backend=name, workers=2)
+
+    assert list(itertools.islice(results, 200)) == list(range(200))
+    with pytest.raises(WorkerLost):
+        next(results)
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_several_workers_share_the_items(name: str, gate: Gate, notes: Notes) -> None:
+    def pid(_: int) -> int:
+        notes.add(os.getpid())
+        until(lambda: len(set(notes.lines())) == 2)
+        return os.getpid()
+
+    assert len(set(jobq.map(pid, range(10), workers=2, backend=name))) == 2
+
+
+def test_maps_can_be_nested(backend: str) -> None:
+    outer = jobq.map(square, range(3), backend=backend, start_method="fork")
+    pairs = [
+        (a, list(jobq.map(square, range(a, a + 2), backend=backend, start_method="fork"))) for a in outer
+    ]
+
+    assert pairs == [(0, [0, 1]), (1, [1, 4]), (4, [16, 25])]
+
+
+def test_the_one_liner_works_in_a_program(tmp_path: Path) -> None:
+    script = tmp_path / "squares.py"
+    script.write_text(
+        "import jobq\n"
+        "def square(x): return x * x\n"
+        "if __name__ == '__main__':\n"
+        "    for result in jobq.map(square, range(5), workers=2): print(result)\n"
+    )
+
+    told = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=30, check=True
+    )
+
+    assert (told.stdout.split(), told.stderr) == (["0", "1", "4", "9", "16"], "")
