@@ -24,7 +24,7 @@ from jobq import events
 from jobq.backend import HINT, Backend, Waitable, Worker
 from jobq.errors import BackendUnavailable, BrokenChannel, EndOfChannel
 from jobq.pool import CRASH_LIMIT, SLOW_SECONDS, Member, Pool
-from jobq.report import StageCounts
+from jobq.report import EdgeCounts, StageCounts
 from jobq.scheduler import CHUNK_JOBS, Dead, Line, Retried, Scheduler
 from jobq.wire import Answer, Chunk, Hello, Part
 
@@ -40,6 +40,9 @@ TICK_SECONDS = 0.1
 
 #: A killed worker is gone at once, unless the kernel holds it: then we don't wait for it.
 KILL_GRACE_SECONDS = 5.0
+
+#: Where the system refuses a process or a descriptor, it is asked again after so long.
+RETRY_SECONDS = 0.5
 
 FINISH, STOP, KILL = 1, 2, 3
 
@@ -259,9 +262,7 @@ class Driver:
             self._stop_now()
         if self.ending.level or self.ending.halted:
             self._press(now)
-        for pool in self._limited:
-            if pool.look_at is not None and now >= pool.look_at:
-                self._enforce_limit(pool)
+        self._look_at_clocks(now)
         if not self._closing:
             if not self.ending.halted and not self.paused:
                 self._dispatch(now)
@@ -269,6 +270,15 @@ class Driver:
         elif now >= self.ending.deadline:
             self._hopeless = self.ending.killed
             self._kill_all()
+
+    def _look_at_clocks(self, now: float) -> None:
+        """Do what is due by now, whoever did or didn't say something."""
+        for pool in self._consumers:
+            if pool.retry_at is not None and now >= pool.retry_at and not self._closing:
+                self._fill(pool)
+        for pool in self._limited:
+            if pool.look_at is not None and now >= pool.look_at:
+                self._enforce_limit(pool)
         if self._ticking and now >= self._next_tick:
             self._next_tick = now + TICK_SECONDS
             self._tell(events.Tick(now - self._began, self.counts()))
@@ -279,6 +289,8 @@ class Driver:
         if not self._closing:
             for pool in self._consumers:
                 line = pool.line
+                if pool.retry_at is not None:
+                    due = min(due, pool.retry_at)
                 if line.delayed:
                     due = min(due, line.delayed[0][0])
                 if line.batch is not None and line.oldest is not None:
@@ -498,9 +510,19 @@ class Driver:
                 f" the last one {reason}"
             )
             return
+        pool.missing.append(member.index)
+        self._fill(pool)
+
+    def _fill(self, pool: Pool) -> None:
+        """Start workers in the place of those that died; where the system refuses, try again in a while."""
         try:
-            pool.replace(member)
-        except (OSError, BackendUnavailable) as error:
+            while pool.missing:
+                pool.replace(pool.missing[-1])
+                pool.missing.pop()
+            pool.retry_at = None
+        except OSError:
+            pool.retry_at = time.monotonic() + RETRY_SECONDS
+        except BackendUnavailable as error:
             if not pool.members:
                 self._give_up(f"stage {pool.line.name}: no worker can be started: {error}")
 
@@ -858,6 +880,18 @@ class Driver:
             workers=len(pool.members),
         )
 
+    def edges(self) -> list[EdgeCounts]:
+        """Return what went along each edge: emitted by the workers' own count, received by the driver's."""
+        return [
+            EdgeCounts(
+                source=edge.source,
+                target=edge.target,
+                emitted=_emitted(self.pools[edge.source], edge.route),
+                received=edge.received,
+            )
+            for edge in self.scheduler.edges
+        ]
+
     def imbalance(self) -> str | None:
         """Return how the driver's books differ from the workers' own counts; None: they balance."""
         problems = [problem for pool in self.pools.values() for problem in _compare(pool)]
@@ -866,6 +900,13 @@ class Driver:
 
 def _load(member: Member) -> int:
     return member.load
+
+
+def _emitted(pool: Pool, route: int) -> int:
+    """Return how many items a stage's workers say they gave to a route, less those that came too late."""
+    said = [*pool.totals, *(member.totals for member in pool.members)]
+    late = pool.line.books.late_emitted.get(route, 0)
+    return sum(one.emitted[route] for one in said if one.emitted) - late
 
 
 def _compare(pool: Pool) -> Iterable[str]:
@@ -887,7 +928,7 @@ def _compare(pool: Pool) -> Iterable[str]:
     if books.received != settled:
         yield f"stage {line.name}: received {books.received}, settled {settled}"
     for route, edges in enumerate(line.edges):
-        emitted = sum(one.emitted[route] for one in said if one.emitted) - books.late_emitted.get(route, 0)
+        emitted = _emitted(pool, route)
         for edge in edges:
             if emitted != edge.received:
                 target = edge.target or "the results"

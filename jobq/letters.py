@@ -60,7 +60,9 @@ class Letters:
         )
         if len(self.kept) < LETTERS_KEPT:
             self.kept.append((dead, letter))
-        undecoded = item_json is None and failure.verdict == "lost" and part is not None and dead.loadable
+        # What is not pickled here must wait: pickling may run user code, and this is the driver's thread.
+        foreign = failure.verdict == "lost" or (part is not None and isinstance(part.block, References))
+        undecoded = item_json is None and part is not None and dead.loadable and foreign
         pickled = None if item_json is not None else _pickled(part)
         event = JobDead(dead.worker, letter, item_json, pickled, undecoded)
         if undecoded:
@@ -75,7 +77,8 @@ class Letters:
             if not isinstance(item, Undecodable):
                 event.letter.item_type = type(item).__qualname__
             text = None if isinstance(item, Undecodable) else json_text(item)
-            yield replace(event, item_json=text, undecoded=False)
+            pickled = event.item_pickle if event.item_pickle is not None or text is not None else _dumps(item)
+            yield replace(event, item_json=text, item_pickle=pickled, undecoded=False)
 
     def cancelled(self, stage: str, parts: Iterable[Part], codec: Codec) -> Iterable[JobDead]:
         """
@@ -177,16 +180,18 @@ def _scalar_json(part: Part | None) -> str | None:
     return json_text(items[part.block.low])
 
 
+def _dumps(item: Any) -> bytes | None:
+    try:
+        return pickle.dumps(item, protocol=5)
+    except BaseException:  # user code
+        return None
+
+
 def _pickled(part: Part | None) -> bytes | None:
     if part is None:
         return None
     if isinstance(part.block, PackedObjects):
         return bytes(part.block.body)
-    if isinstance(part.block, References):
-        try:
-            return pickle.dumps(part.block.items[0], protocol=5)
-        except BaseException:  # user code
-            return None
     if isinstance(part.block, PackedScalars):
         items: list[Any] = pickle.loads(part.block.body)
         return pickle.dumps(items[part.block.low], protocol=5)

@@ -401,7 +401,7 @@ class Semaphore:
         mine = place.held[threading.get_ident()]
         if timeout is None and mine[self._key] >= self.n:
             raise RuntimeError(
-                f"{self!r}: this thread holds it, and would wait for itself (among coroutines: async with)"
+                f"{self!r}: this thread holds it, and would wait for itself (in coroutines: async with)"
             )
         if not place.acquire(self._key, self.n, timeout):
             return False

@@ -135,7 +135,7 @@ class Tally:
     failures: list[Failure] = field(default_factory=list)
     notes: list[tuple[int, float | None, float | None]] = field(default_factory=list)
     sent: int = 0
-    failures_sent: int = 0
+    told: set[int] = field(default_factory=set)  # indices of the failures that have left
 
 
 class Flusher:
@@ -227,7 +227,7 @@ class Outbox:
                 high == tally.sent
                 and not final
                 and not tally.notes
-                and len(tally.failures) == tally.failures_sent
+                and len(tally.failures) == len(tally.told)
             ):
                 return False
             self._send(self._answer(tally, high, final, ended))
@@ -251,10 +251,11 @@ class Outbox:
         except BaseException:  # a piece that is an item, and neither a scalar nor picklable
             self._take_out_unfit(tally, low, high)
             settled, filtered, outputs = self._pack(tally.outcomes[low:high], low)
-        failures = tuple(tally.failures[tally.failures_sent :])
         # A failure may have been written down just before its place among the outcomes: next time then.
-        failures = tuple(failure for failure in failures if failure.index < high)
-        tally.failures_sent += len(failures)
+        failures = tuple(
+            failure for failure in tally.failures if failure.index < high and failure.index not in tally.told
+        )
+        tally.told.update(failure.index for failure in failures)
         notes, tally.notes = tuple(tally.notes), []
         now = time.monotonic()
         busy, tally.began = now - tally.began, now

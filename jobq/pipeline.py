@@ -219,6 +219,11 @@ class Pipeline:
         an exception stops the run. Raises `PipelineError` before anything starts.
         """
         options, parameters = self._read(given)
+        for name in ("collect", "output", "input"):
+            if getattr(options, name):
+                raise PipelineError(
+                    f"open() has no use for {name}=: its results are the futures' of submit()."
+                )
         cleanup = contextlib.ExitStack()
         observers = cleanup.enter_context(_observing(options))
         try:

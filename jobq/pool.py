@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -68,7 +68,7 @@ class Member:
         page[LIMIT] = begun + 1
         # The worker writes its ticket, then reads the limit; we write the limit, then read the ticket. A
         # system call between the two lets our store be seen first, so one of us notices the other.
-        time.sleep(0)
+        os.sched_yield()
         return max(begun, max(self.tickets(), default=IDLE)) + 1
 
     def allow_all(self) -> None:
@@ -94,6 +94,8 @@ class Pool:
         timeout = None if line.is_producer else line.node.stage.consumer.timeout
         grace = ASYNC_GRACE_SECONDS if line.node.signature.is_async and line.lanes > size else 0.0
         self.limit = None if timeout is None else timeout + grace
+        self.missing: list[int] = []  # places of workers that died and are not replaced yet
+        self.retry_at: float | None = None
         self._deaths = 0
         self._settled_at_death = 0
 
@@ -114,10 +116,10 @@ class Pool:
         self.members.append(member)
         self._started(member)
 
-    def replace(self, member: Member) -> None:
-        """Start a worker in the place of one that died."""
+    def replace(self, index: int) -> None:
+        """Start a worker in the place *index* of one that died."""
+        self._start(index)
         self.restarts += 1
-        self._start(member.index)
 
     def remove(self, member: Member) -> None:
         """Forget a worker that has ended; its counts stay."""

@@ -24,7 +24,7 @@ from jobq.letters import Letters, cannot_be_loaded
 from jobq.locks import open_desk
 from jobq.options import RunOptions
 from jobq.outcome import Outcome
-from jobq.report import EdgeCounts, Report
+from jobq.report import Report
 from jobq.results import Collect, Sink
 from jobq.scheduler import Scheduler
 from jobq.stage import Shard, describe
@@ -92,12 +92,7 @@ class Running:
             seconds=seconds,
             dead=self.letters.finish(codec),
             stages=counts,
-            edges=[
-                EdgeCounts(
-                    source=edge.source, target=edge.target, emitted=edge.received, received=edge.received
-                )
-                for edge in driver.scheduler.edges
-            ],
+            edges=driver.edges(),
         )
         unloadable: list[Exception] = []
         if isinstance(self.sink, Collect):

@@ -26,7 +26,7 @@ from jobq.errors import TimeLimitExceeded
 from jobq.lineage import Lineage
 from jobq.ordering import Sequencer
 from jobq.policy import Uniform, retry_delay
-from jobq.wire import Answer, Block, Chunk, Failure, Grant, Output, Part
+from jobq.wire import CHUNK_BYTES, Answer, Block, Chunk, Failure, Grant, Output, Part
 
 if TYPE_CHECKING:
     from jobq.graph import Graph, Node
@@ -35,8 +35,6 @@ Ranges = list[tuple[int, int]]
 
 #: Never more jobs in a chunk, whatever their size: past 1024 tiny ints nothing is gained.
 CHUNK_JOBS = 1024
-#: Nor more bytes: past 64 KiB a chunk falls out of the caches.
-CHUNK_BYTES = 64 * 1024
 #: A chunk should take about so many seconds: long beside its transport, short beside a person.
 CHUNK_SECONDS = 0.003
 

@@ -32,6 +32,14 @@ Buffer: TypeAlias = bytes | memoryview
 #: Exactly these may be gathered and pickled as one list: nothing can change them after their yield.
 SCALARS = frozenset({int, float, bool, str, bytes, type(None)})
 
+#: Those of them that may be long.
+TEXTS = frozenset({str, bytes})
+#: Lists of texts up to this length in all are pickled as lists.
+SMALL_BYTES = 16 * 1024
+
+#: A chunk has no more bytes, unless a single item has: past 64 KiB it falls out of the caches.
+CHUNK_BYTES = 64 * 1024
+
 PREFIX = struct.Struct("<IIQ")
 MAGIC = 0x6A6F6271  # "jobq"
 PROTOCOL = 5
@@ -392,8 +400,15 @@ class PickleCodec:
         return PackedObjects(b"".join(pieces), array("Q", accumulate(map(len, pieces))).tobytes())
 
     def scalars(self, items: list[Any]) -> PackedBlock:
-        """Return scalars as a block; should one be something else after all, each is pickled by itself."""
-        if SCALARS.issuperset(map(type, items)):
+        """
+        Return scalars as a block; each is pickled by itself should one be something else after all.
+
+        So are long texts: a part of a list can't be taken out of its pickle, and to send all for a part of it
+        is cheap only while it is small.
+        """
+        types = set(map(type, items))
+        small = types.isdisjoint(TEXTS) or _length(items, types) <= SMALL_BYTES
+        if small and types <= SCALARS:
             return PackedScalars(pickle.dumps(items, PROTOCOL), len(items), 0, len(items))
         return self.block([self.encode(item) for item in items])
 
@@ -417,6 +432,13 @@ class PickleCodec:
             if len(items) < block.count:
                 items += self.decode(block.take(len(items), block.count))
         return items
+
+
+def _length(items: list[Any], types: set[type]) -> int:
+    """Return the length of all texts among *items*."""
+    if types <= TEXTS:
+        return sum(map(len, items))
+    return sum(len(item) for item in items if type(item) in TEXTS)
 
 
 class ReferenceCodec:

@@ -29,7 +29,7 @@ from jobq.outbox import DONE, FAILED, FILTERED, ManyRoutes, NoTaker, OneRoute, O
 from jobq.shared import Proxy
 from jobq.stage import Job, Resource, Shard, Stage
 from jobq.validation import Router, Validator
-from jobq.wire import SCALARS, Chunk, Codec, Failure, Grant, Order, Part, Undecodable
+from jobq.wire import CHUNK_BYTES, SCALARS, TEXTS, Chunk, Codec, Failure, Grant, Order, Part, Undecodable
 
 if TYPE_CHECKING:
     from jobq.observe.log import LogSettings
@@ -681,6 +681,10 @@ def cannot_be_pickled(error: BaseException, recipe: StageRecipe) -> PayloadError
 # ── producers ────────────────────────────────────────────────────────────────
 
 
+def _text_length(item: Any) -> int:
+    return len(item) if type(item) in TEXTS else 8
+
+
 class Producer:
     """A producer's work: it gives items as far as it is granted."""
 
@@ -745,12 +749,17 @@ class Producer:
         items, page, outcomes, flusher = self._items, self._page, tally.outcomes, self._outbox.flusher
         clock = time.monotonic
         flushed = clock()
-        while (left := grant.count - len(outcomes)) > 0:
+        texts = self._recipe.signature.outputs[0] in TEXTS
+        nbytes = unsent_bytes = 0
+        while (left := grant.count - len(outcomes)) > 0 and nbytes < grant.nbytes:
             if page[LIMIT] == 0:
                 return True
             before = len(outcomes)
             began = clock()
             wanted = min(left, self._slice)
+            if texts and before:
+                # Texts may be long: no more than what would be a large chunk of those that came so far.
+                wanted = max(1, min(wanted, CHUNK_BYTES * before // (nbytes + 1)))
             if flusher is not None:
                 flusher.hold = wanted > 1
                 if before > tally.sent:
@@ -761,13 +770,18 @@ class Producer:
                 self._slice = min(self._slice * 2, 1024)
             else:
                 self._slice = 1
+            if texts:
+                size = sum(map(_text_length, outcomes[before:]))
+                nbytes += size
+                unsent_bytes += size
             if len(outcomes) - before < wanted:
                 return True
             if flusher is None:
                 return False  # nobody else runs meanwhile: let those after us have these first
-            if self._is_ripe(tally, flushed, now) and len(outcomes) < grant.count:
+            ripe = unsent_bytes >= CHUNK_BYTES or self._is_ripe(tally, flushed, now)
+            if ripe and len(outcomes) < grant.count:
                 self._outbox.flush()
-                flushed = now
+                flushed, unsent_bytes = now, 0
         return False
 
     def _is_ripe(self, tally: Tally, flushed: float, now: float) -> bool:

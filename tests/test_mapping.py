@@ -78,10 +78,14 @@ def test_a_slow_item_holds_up_the_others_only_where_order_is_asked_for(
             notes.add(i)
         return i
 
-    results = jobq.map(work, range(4), workers=2, backend=name, ordered=ordered)
+    def open_when_others_are_through() -> None:
+        until(lambda: len(notes.lines()) == 3)
+        gate.open()
+
+    results = jobq.map(work, range(4), workers=2, backend=name, ordered=ordered, start_method="fork")
 
     if ordered:
-        opener = threading.Thread(target=lambda: (until(lambda: len(notes.lines()) == 3), gate.open()))
+        opener = threading.Thread(target=open_when_others_are_through, daemon=True)
         opener.start()
         assert list(results) == [0, 1, 2, 3]
         opener.join()
@@ -166,12 +170,12 @@ def test_nothing_starts_before_the_first_result_is_asked_for(backend: str) -> No
 
 @pytest.mark.parametrize("ordered", [True, False], ids=["ordered", "unordered"])
 def test_an_endless_input_is_read_ahead_within_bounds(backend: str, ordered: bool) -> None:
-    read = itertools.count()
     latest = 0
 
     def endless() -> Iterator[int]:
         nonlocal latest
-        for latest in read:
+        while True:
+            latest += 1
             yield latest
 
     results = jobq.map(square, endless(), backend=backend, ordered=ordered, workers=2)
@@ -251,7 +255,7 @@ def test_a_worker_that_dies_is_replaced_and_an_item_that_kills_raises(name: str,
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_several_workers_share_the_items(name: str, gate: Gate, notes: Notes) -> None:
+def test_several_workers_share_the_items(name: str, notes: Notes) -> None:
     def pid(_: int) -> int:
         notes.add(os.getpid())
         until(lambda: len(set(notes.lines())) == 2)

@@ -8,6 +8,7 @@ import asyncio
 import concurrent.futures
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -112,6 +113,16 @@ def in_thread(function: Callable[[], Any]) -> threading.Thread:
     thread = threading.Thread(target=function, daemon=True)
     thread.start()
     return thread
+
+
+def is_waiting(thread: threading.Thread, function: str) -> bool:
+    """Whether *thread* waits for a lock in a call of *function*."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    names = []
+    while frame is not None:
+        names.append(frame.f_code.co_name)
+        frame = frame.f_back
+    return bool(names) and names[0] == "wait" and function in names
 
 
 # --- submit and result ---------------------------------------------------------------------------
@@ -539,7 +550,7 @@ def test_every_item_of_a_dead_batch_has_its_exception(backend: str) -> None:
 
 def test_wait_and_as_completed_work(backend: str) -> None:
     with doubling(workers=2).open(backend=backend) as run:
-        futures = {run.submit(i): i for i in range(30)}
+        futures: dict[Any, int] = {run.submit(i): i for i in range(30)}
 
         for future in concurrent.futures.as_completed(futures, PATIENCE):
             i = futures[future]
@@ -653,29 +664,31 @@ def test_join_waits_for_what_was_submitted(backend: str) -> None:
         run.join(0)
 
 
-def test_join_does_not_wait_for_what_comes_later(aside: str, gate: Gate, notes: Notes) -> None:
+def test_join_does_not_wait_for_what_comes_later(
+    aside: str, gate: Gate, notes: Notes, tmp_path: Path
+) -> None:
+    first_gate = Gate(tmp_path / "first")
     pipeline = Pipeline("test")
 
     @pipeline.consumer(workers=2)
     def work(i: int) -> int:
-        if i:
-            notes.add(i)
-            gate.wait()
+        notes.add(i)
+        (gate if i else first_gate).wait()
         return i
 
     with pipeline.open(backend=aside) as run:
-        run.submit(0)
-        joined = threading.Event()
-        thread = in_thread(lambda: (run.join(PATIENCE), joined.set()))
-        joined.wait(PATIENCE)
+        first = run.submit(0)
+        joining = in_thread(run.join)
+        until(lambda: notes.lines() == ["0"] and is_waiting(joining, "join"))
         later = run.submit(1)
-        until(lambda: notes.lines() == ["1"])
-        run_join = in_thread(lambda: run.join(PATIENCE))
-        assert not later.done()
+        until(lambda: notes.lines() == ["0", "1"])
+        first_gate.open()
+        joining.join(PATIENCE)
+
+        assert not joining.is_alive()
+        assert (first.done(), later.done()) == (True, False)
         gate.open()
-        run_join.join()
-        thread.join()
-        assert later.done()
+    first_gate.close()
 
 
 # --- callbacks -----------------------------------------------------------------------------------
