@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 from jobq import Job, Pipeline
 
@@ -29,11 +30,11 @@ def streets() -> Iterator[str]:
 
 
 @police.consumer
-def patrol(street: str, main_pid: int, job: Job) -> str:
+def patrol(street: str, main_pid: int, job: Job) -> None:
     os.kill(main_pid, signal.SIGINT)  # as if somebody pressed Ctrl-C now
     while not job.stopping:
         time.sleep(0.01)
-    return f"{street}: patrol ended in good order"
+    print(f"{street}: patrol ended in good order", flush=True)
 
 
 def main(backend: str = "joinable") -> None:
@@ -45,8 +46,8 @@ def main(backend: str = "joinable") -> None:
         run.resume()
         print("green:", ", ".join(car.result() for car in cars))
 
-    report = police.run(backend=backend, main_pid=os.getpid(), collect=True)
-    print(*report.results)
+    with suppress(KeyboardInterrupt):  # raised at the end if a producer was still at work
+        police.run(backend=backend, main_pid=os.getpid())
 
 
 if __name__ == "__main__":

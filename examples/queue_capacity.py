@@ -35,8 +35,8 @@ def main(backend: str = "joinable") -> None:
         while producer.is_alive():
             now = run.stats()["eat"]
             assert now.received == now.done + now.queued + now.in_flight, now
-            most = max(most, now.queued)
-        print(f"at most {most} buns waited")
+            most = max(most, now.queued + now.in_flight)
+        print(f"at most {most} buns: ten that wait, one in hand")
         run.join()
         end = run.stats()["eat"]
         print(f"{end.received} cooked, {end.done} eaten, {end.queued} waiting")

@@ -9,8 +9,10 @@ to closing.
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import threading
+import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -53,12 +55,15 @@ class KeeperRecipe:
             from jobq.observe.log import configure
 
             configure(self.log)
+        join(self.place)
         with inside(self.place):
-            join(self.place)
             place = here("a run-scoped resource")
-            if isinstance(place, ThreadPlace):
-                return joined(_InThisThread(place, self.uses), self.place)
-            return _InItsThread(self.place, self.uses)
+            work: Work = (
+                _InThisThread(place, self.uses)
+                if isinstance(place, ThreadPlace)
+                else _InItsThread(self.place, self.uses)
+            )
+        return joined(work, self.place, bool)
 
 
 def _rebuild(place: str, resources: tuple[Any, ...], log: LogSettings | None) -> KeeperRecipe:
@@ -79,7 +84,11 @@ class _InThisThread(_Keeping):
     def __init__(self, place: ThreadPlace, uses: tuple[ResourceUse, ...]) -> None:
         self._place = place
         self._resources = Resources(uses, keeping=True)
-        place.perform = Board(self._resources.values()).perform
+        try:
+            place.perform = Board(self._resources.values()).perform
+        except BaseException:
+            self._resources.close()
+            raise
 
     def close(self) -> None:
         self._place.perform = None
@@ -103,6 +112,7 @@ class _InItsThread(_Keeping):
         self._closing = True
         self._bell.ring()
         self._thread.join()
+        self._bell.close()
         self._hear()
 
     def _hear(self) -> None:
@@ -113,7 +123,7 @@ class _InItsThread(_Keeping):
 
     def _work(self) -> None:
         error: BaseException | None = None
-        with inside(self._place), contextlib.closing(self._bell):
+        with inside(self._place):
             try:
                 with contextlib.closing(self._resources):
                     self._serve(Board(self._resources.values()))
@@ -127,5 +137,9 @@ class _InItsThread(_Keeping):
         with contextlib.closing(listener):
             listener.also(self._bell.fd)
             self._said.put(None)  # it can be reached
-            while not self._closing:
-                listener.serve(None)
+            try:
+                while not self._closing:
+                    listener.serve(None)
+            except BaseException:  # nobody would hear of it but by our end
+                traceback.print_exc()
+                os._exit(1)

@@ -13,7 +13,7 @@ from typing import Any
 from jobq.backend import IDLE, LANES, LIMIT, Port
 from jobq.errors import TimeLimitExceeded
 from jobq.failure import failure_of, refusal
-from jobq.locks import join
+from jobq.locks import inside
 from jobq.outbox import DONE, FAILED, FILTERED, Counters, Flusher, Marker
 from jobq.wire import Answer, Chunk, Failure, Order, Output, Part
 from jobq.work import (
@@ -74,7 +74,7 @@ class Lanes:
         self._counters = Counters(emitted=[0] * len(recipe.routes))
         self._flushed = 0.0
         self._current = threading.local()
-        self._flusher = Flusher(self._flush) if recipe.flusher else None
+        self._flusher = Flusher(self.flush) if recipe.flusher else None
 
     def run(self, order: Order) -> None:
         """Hand a chunk's jobs to the lanes; they answer."""
@@ -151,7 +151,8 @@ class Lanes:
             if tally.open == 0 or time.monotonic() - self._flushed > LINGER_SECONDS:
                 self._flush_locked()
 
-    def _flush(self) -> bool:
+    def flush(self) -> bool:
+        """Send what the jobs that have ended gave; return whether there was anything."""
         with self._lock:
             return self._flush_locked()
 
@@ -238,7 +239,10 @@ class ThreadLanes(Lanes):
         self._tasks.put(task)
 
     def _work(self, lane: int) -> None:
-        join(self._recipe.place)
+        with inside(self._recipe.place):
+            self._work_inside(lane)
+
+    def _work_inside(self, lane: int) -> None:
         caller = Caller(self._recipe, self._port, lambda: getattr(self._current, "tally", None))
         try:
             caller.prepare()

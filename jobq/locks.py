@@ -218,9 +218,11 @@ class ProcessPlace:
         self.keeper = Contact(keeper_address(address))
         self.pid = os.getpid()
         self.held: Held = defaultdict(Counter)
+        self.flush: Callable[[], object] = bool  # nothing
 
     def acquire(self, key: str, limit: int, timeout: float | None) -> bool:
         """Return whether it was granted within *timeout* seconds."""
+        self.flush()
         with self._line() as line:
             line.send(marshal.dumps(("ask", key, limit)))
             try:
@@ -311,16 +313,25 @@ def inside(address: str) -> Iterator[None]:
 
 
 def join(address: str) -> None:
-    """Make this thread, and in a worker process all of them, part of the run at *address*."""
-    _current.set(address)
-    if address and address not in _threaded and address not in _joined:
+    """Make a worker process part of the run at *address*; where workers are threads, do nothing."""
+    if address not in _threaded:
         _joined.clear()  # if this process was forked in another run, that is not ours
         _joined[address] = ProcessPlace(address)
+        _current.set(address)
 
 
-def joined(work: Work, address: str) -> Work:
-    """Return *work*, so that it is part of the run at *address* in whichever thread it is called."""
-    return _Inside(work, address) if address in _threaded else work
+def joined(work: Work, address: str, flush: Callable[[], object]) -> Work:
+    """
+    Return *work*, so that it is part of the run at *address* in whichever thread it is called.
+
+    *flush* sends what its finished jobs gave. A process does that before a job takes a lock or touches what
+    is shared: if it dies then, the jobs before it have counted, and what they did to others' data isn't
+    done twice.
+    """
+    if address in _threaded:
+        return _Inside(work, address)
+    _joined[address].flush = flush
+    return work
 
 
 class _Inside:
@@ -401,7 +412,7 @@ class Semaphore:
         mine = place.held[threading.get_ident()]
         if timeout is None and mine[self._key] >= self.n:
             raise RuntimeError(
-                f"{self!r}: this thread holds it, and would wait for itself (in coroutines: async with)"
+                f"{self!r}: this thread holds it, and would wait for itself (coroutines: async with)"
             )
         if not place.acquire(self._key, self.n, timeout):
             return False

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import queue
+import signal
 import sys
 import threading
 import time
@@ -20,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from jobq.annotations import spell
@@ -386,6 +388,7 @@ class Session:
         self._inlet.close()
         with self._changed:
             self._ended = True
+            self._changed.notify_all()
             left = list(self._futures)
         for root in left:
             self._settled(root, Fate(cancelled=True))
@@ -409,6 +412,8 @@ class Session:
 
     def _finish(self) -> None:
         if self._thread is not None:
+            with self._changed:  # up to 3.12 a `join` that Ctrl-C ends takes the thread for ended
+                self._changed.wait_for(lambda: self._ended)
             self._thread.join()
         else:
             self.drive_until(lambda: self._ended, None)
@@ -528,12 +533,35 @@ class Session:
             if self._ended:
                 raise JobqError("this run has ended")
             try:
-                ended = self._running.driver.step()
+                with self._ctrl_c_first():
+                    ended = self._running.driver.step()
             except Exception as error:  # a bug in jobq
                 self._crash, ended = error, True
             if ended:
                 self._end()
         self._call_here()
+
+    @contextlib.contextmanager
+    def _ctrl_c_first(self) -> Iterator[None]:
+        """Let Ctrl-C through a job that runs in this very thread: it would count as the job's failure."""
+        before = signal.getsignal(signal.SIGINT)
+        if threading.current_thread() is not threading.main_thread() or not callable(before):
+            yield
+            return
+        struck = False
+
+        def strike(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  # the handler's form
+            nonlocal struck
+            struck = True
+            self._running.backend.interrupt()
+
+        signal.signal(signal.SIGINT, strike)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+        if struck:
+            before(signal.SIGINT, None)
 
     def drive_until(self, claim: Callable[[], bool], deadline: float | None) -> None:
         """Where there is no thread that drives, do so until *claim* is true, or the *deadline* is past."""

@@ -116,6 +116,7 @@ def _ask(name: str, what: str, *args: Any, **kwargs: Any) -> Any:
         if place.perform is None:
             raise JobqError(f"the run-scoped resource {name!r} is closed: the run has ended")
         return place.perform(name, what, *args, **kwargs)
+    place.flush()
     request = pickle.dumps((name, what, args, kwargs), PROTOCOL)
     try:
         with place.keeper.line() as line:

@@ -73,6 +73,14 @@ class ResourceUse:
     values: Mapping[str, Any]
 
 
+class Sending(Work, Protocol):
+    """Work that may hold back what its jobs gave, for a moment."""
+
+    def flush(self) -> object:
+        """Send what the jobs that have ended gave."""
+        ...
+
+
 @dataclass(frozen=True)
 class StageRecipe:
     """
@@ -110,11 +118,12 @@ class StageRecipe:
             configure(self.log)
         if not self.place:
             return self._open(port)
+        join(self.place)
         with inside(self.place):
-            join(self.place)
-            return joined(self._open(port), self.place)
+            work = self._open(port)
+        return joined(work, self.place, work.flush)
 
-    def _open(self, port: Port) -> Work:
+    def _open(self, port: Port) -> Sending:
         if self.stage.kind == "producer":
             return Producer(self, port)
         if self.lanes > 1:
@@ -627,6 +636,10 @@ class Serial:
             outcomes = [FAILED] * len(items)
         tally.outcomes += outcomes
 
+    def flush(self) -> None:
+        """Send what the jobs that have ended gave."""
+        self._outbox.flush()
+
     def close(self) -> None:
         """Close resources, event loop and flusher."""
         try:
@@ -850,6 +863,10 @@ class Producer:
             return self._codec.encode(item)
         except BaseException:  # user code
             return None
+
+    def flush(self) -> None:
+        """Send what was given so far."""
+        self._outbox.flush()
 
     def close(self) -> None:
         """Close the producer (its ``finally`` blocks run), its resources and the rest."""

@@ -46,8 +46,8 @@ NARROW = {
     "backends": {"errors", "options", "stage", "wire", "backend", "load"},
     "policy": {"errors", "report", "events", "options", "outcome", "stage", "wire", "backend"},
 }
-#: Rooms that may set observers up; `work` does for its own process's log.
-HOSTS = {"work", "running", "pipeline", "cli", "testing"}
+#: Rooms that may set observers up; `work` and `keeper` do for their own process's log.
+HOSTS = {"work", "keeper", "running", "pipeline", "cli", "testing"}
 #: Looks upwards, each in a function: what a target names is checked to be a Pipeline; a worker with
 #: lanes is built upon the one without, which opens it (and pays for asyncio only then).
 UPWARD = {("jobq.load", "jobq.pipeline"), ("jobq.work", "jobq.lanes")}

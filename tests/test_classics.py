@@ -89,7 +89,7 @@ def test_no_more_than_ten_wait_and_the_numbers_add_up_at_every_look(backend: str
 
     assert printed == [
         "bun 0 eaten",
-        "at most 10 buns waited",
+        "at most 11 buns: ten that wait, one in hand",
         "51 cooked, 51 eaten, 0 waiting",
     ]
 
@@ -266,8 +266,10 @@ def test_invoices_are_paid_and_receipts_filed(backend: str, tmp_path: Path) -> N
     assert sorted(printed) == ["filed 25", "filed 60", "paid 100", "paid 250", "paid 7"]
 
 
-@on("backend", ALL)
-@on("rows", [0, 1, 100, 1050])
+@on(
+    ("backend", "rows"),
+    [*((backend, 1050) for backend in ALL), *(("joinable", rows) for rows in (0, 1, 100))],
+)
 def test_every_row_is_inserted_by_the_hundred_and_the_rest_at_the_end(
     backend: str, rows: int, tmp_path: Path
 ) -> None:

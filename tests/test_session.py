@@ -8,6 +8,7 @@ import asyncio
 import concurrent.futures
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -1210,6 +1211,48 @@ def test_a_run_that_gives_up_says_why(backend: str) -> None:
         with pytest.raises((RunFailed, Plain), match="no database"):
             run.submit(1).result(PATIENCE)
         run.close()
+
+
+# --- Ctrl-C --------------------------------------------------------------------------------------
+
+INTERRUPTED = """
+import os, sys, time
+from jobq import Pipeline
+p = Pipeline("t")
+
+@p.consumer
+def work(i: int) -> int:
+    os.write(1, b"begun\\n")
+    time.sleep(50)
+    return i
+
+try:
+    with p.open(backend=sys.argv[1]) as run:
+        future = run.submit(1)
+        if sys.argv[2] == "result":
+            future.result()
+        elif sys.argv[2] == "join":
+            run.join()
+except KeyboardInterrupt:
+    stage = run.report.stages["work"]
+    print("interrupted", stage.cancelled, stage.done, stage.dead, future.cancelled())
+"""
+
+
+@pytest.mark.parametrize("where", ["result", "join", "end"])
+def test_ctrl_c_stops_the_run_wherever_the_program_waits(backend: str, where: str, tmp_path: Path) -> None:
+    script = tmp_path / "interrupted.py"
+    script.write_text(INTERRUPTED)
+    with subprocess.Popen(
+        [sys.executable, str(script), backend, where], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as program:
+        assert program.stdout is not None
+        assert program.stdout.readline() == b"begun\n"
+
+        program.send_signal(signal.SIGINT)
+        out, errors = program.communicate(timeout=PATIENCE)
+
+    assert (out, errors, program.returncode) == (b"interrupted 1 0 0 True\n", b"", 0)
 
 
 # --- map -----------------------------------------------------------------------------------------

@@ -73,7 +73,8 @@ class InlineWorker:
         if not said and not self._raised:
             if self._end is not None:
                 self._raised = True
-                raise self._end
+                # A new one each time: what is raised holds the frames, and these hold us.
+                raise BrokenChannel(*self._end.args) if isinstance(self._end, BrokenChannel) else EndOfChannel
             self._step()
         if said:
             return said.popleft()
