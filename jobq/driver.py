@@ -453,6 +453,8 @@ class Driver:
         self._forget(member)
         self._tell(events.WorkerEnded(line.name, member.worker.name, member.worker.pid))
         if line.is_producer:
+            if self.ending.level and member.worker.name not in line.ended:
+                self.ending.interrupted = True  # it was stopped at a yield: it may have had more to give
             self.scheduler.end_producer(line, member.worker.name)
 
     def _lost(self, member: Member, reason: str) -> None:
@@ -756,8 +758,6 @@ class Driver:
         if ending.level == FINISH:
             ending.since = now
             ending.deadline = now + self._shutdown_timeout
-            if any(pool.line.producing for pool in self._producers):
-                ending.interrupted = True
             for pool in self.pools.values():
                 pool.stop_giving()
             for pool in self._producers:
@@ -790,6 +790,7 @@ class Driver:
         self.ending.killed = True
         self.ending.deadline = time.monotonic() + KILL_GRACE_SECONDS
         for pool in self.pools.values():
+            pool.stop_giving()  # a thread can't be killed, but its job may look
             pool.kill()
         if self._keeper is not None and (self._keeper.closing or not self._keeper.ready):
             self._keeper.killed = True

@@ -131,9 +131,13 @@ class Running:
         for number in STOP_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 before[number] = signal.signal(number, climb)
+        # The handler alone would not do: a signal that comes between the interpreter's last look and its
+        # wait only sets a flag.
+        wakeup = signal.set_wakeup_fd(self.driver.wake_fd, warn_on_full_buffer=False)
         try:
             yield
         finally:
+            signal.set_wakeup_fd(wakeup)
             for number, handler in before.items():
                 signal.signal(number, handler)
 

@@ -160,6 +160,7 @@ class Line:
     name: str
     node: Node
     lanes: int
+    each: int  # lanes of one worker
     takers: list[list[Line | None]] = field(default_factory=list)  # by route; None = results
     edges: list[list[Edge]] = field(default_factory=list)  # likewise
     ahead: list[Line] = field(default_factory=list)  # takers that may hold this stage back
@@ -204,19 +205,20 @@ class Line:
         return None if self.is_producer else self.node.stage.consumer.batch
 
     @property
-    def capacity(self) -> int:
-        """How many jobs may be before this stage or in its workers' hands."""
-        options = self.node.stage.consumer
-        # A queue size that the user chose is meant to the letter. By default a chunk in hand counts as one
-        # job does: it is sized to be through in a few milliseconds.
-        chosen = "queue_size" in options.model_fields_set
-        in_hand = self.lanes if chosen else max(self.lanes, self.lanes * self.target)
-        return max(options.queue_size, options.batch or 0) + in_hand
-
-    @property
     def room(self) -> int:
-        """How many more jobs may be on their way here; may be negative."""
-        return self.capacity - self.queued - self.flying - self.promised
+        """
+        How many more jobs may be on their way here; may be negative.
+
+        A queue size that the user chose is meant to the letter: so many may wait, besides those in hand. By
+        default a chunk in hand counts as one job does: it is sized to be through in a few milliseconds.
+        """
+        options = self.node.stage.consumer
+        if "queue_size" not in options.model_fields_set:
+            in_hand = max(self.lanes, self.lanes * self.target)
+        else:
+            in_hand = sum([min(self.each, load) for load in self.loads.values()])
+        size = max(options.queue_size, options.batch or 0)
+        return size + in_hand - self.queued - self.flying - self.promised
 
     @property
     def room_bytes(self) -> int:
@@ -242,7 +244,8 @@ class Scheduler:
         self._chance = chance
         self._serial = 0
         self.lines = {
-            name: Line(name, node, workers[name] * lanes[name]) for name, node in graph.nodes.items()
+            name: Line(name, node, workers[name] * lanes[name], lanes[name])
+            for name, node in graph.nodes.items()
         }
         self.edges: list[Edge] = []
         self.happened: list[Retried | Dead] = []

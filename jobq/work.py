@@ -718,6 +718,7 @@ class Producer:
         self._items: Any = None
         self._source: Any = None
         self._ended = False
+        self._stopped = False
         self._given = 0
         self._slice = 1
         self._codec = port.codec
@@ -727,7 +728,7 @@ class Producer:
         """Give at most as many items as granted, and answer the grant."""
         assert isinstance(order, Grant)
         tally = self._outbox.begin(order.number)
-        if self._ended:
+        if self._ended or self._stopped:
             self._outbox.flush(final=True)
             return
         try:
@@ -766,7 +767,8 @@ class Producer:
         nbytes = unsent_bytes = 0
         while (left := grant.count - len(outcomes)) > 0 and nbytes < grant.nbytes:
             if page[LIMIT] == 0:
-                return True
+                self._stopped = True  # which is no end: there may be more
+                return False
             before = len(outcomes)
             began = clock()
             wanted = min(left, self._slice)
@@ -810,7 +812,8 @@ class Producer:
         assert encode is not None
         while len(outcomes) < grant.count and nbytes < grant.nbytes:
             if page[LIMIT] == 0:
-                return True
+                self._stopped = True  # which is no end: there may be more
+                return False
             try:
                 item = next(items)
             except StopIteration:

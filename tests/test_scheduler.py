@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from jobq import Pipeline
-from jobq.scheduler import CHUNK_BYTES, CHUNK_JOBS, Dead, Line, Retried, Scheduler
-from jobq.wire import Answer, Chunk, Failure, Grant, Output, PickleCodec, ReferenceCodec
+from jobq.scheduler import CHUNK_JOBS, Dead, Line, Retried, Scheduler
+from jobq.wire import CHUNK_BYTES, Answer, Chunk, Failure, Grant, Output, PickleCodec, ReferenceCodec
 
 BY_REFERENCE, PICKLED = ReferenceCodec(), PickleCodec()
 
