@@ -380,6 +380,9 @@ class Driver:
         if line.is_producer:
             scheduler.settle_grant(line, member.worker.name, answer, now)
             if answer.ended:
+                # Did it end by itself, or since it saw that the run is being stopped?
+                watches = any(binding.kind == "job" for binding in line.node.signature.bindings)
+                self.ending.interrupted |= bool(self.ending.level) and watches
                 given = answer.totals.done
                 self._tell(events.ProducerEnded(line.name, member.worker.name, given))
         else:

@@ -150,6 +150,8 @@ class Lanes:
                 tally.failures.append(failure)
             if tally.open == 0 or time.monotonic() - self._flushed > LINGER_SECONDS:
                 self._flush_locked()
+            elif self._flusher is not None:
+                self._flusher.arm()  # it may have fallen asleep since the chunk came
 
     def flush(self) -> bool:
         """Send what the jobs that have ended gave; return whether there was anything."""

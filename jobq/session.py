@@ -253,21 +253,27 @@ class Session:
 
     def map(self, items: Iterable[Any]) -> Generator[Any, None, None]:
         """Yield the result of each of *items*, in order; reads ahead of what is asked for, within bounds."""
-        ahead: deque[JobFuture] = deque()
+        ahead: deque[JobFuture | PayloadError] = deque()
         source = iter(items)
 
         def there() -> bool:
-            return ahead[0].done()
+            return isinstance(ahead[0], PayloadError) or ahead[0].done()
 
         try:
             while True:
                 for item in self._ahead(source, lambda: len(ahead), there):
-                    ahead.append(self.submit(item))
+                    try:
+                        ahead.append(self.submit(item))
+                    except PayloadError as error:
+                        ahead.append(error)  # raised at its turn, like any other
                 if not ahead:
                     return
-                yield ahead.popleft().result()
+                head = ahead.popleft()
+                if isinstance(head, PayloadError):
+                    raise head
+                yield head.result()
         finally:
-            self.withdraw([future._root for future in ahead])
+            self.withdraw([future._root for future in ahead if isinstance(future, JobFuture)])
 
     def map_unordered(self, items: Iterable[Any]) -> Generator[Any, None, None]:
         """Yield the results of *items* as they come; reads ahead as `map` does."""

@@ -21,11 +21,11 @@ import struct
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import accumulate
 from typing import Any, ClassVar, Protocol, TypeAlias
 
 from jobq.errors import BrokenChannel
+from jobq.handover import SocketPickler
 
 Buffer: TypeAlias = bytes | memoryview
 
@@ -388,8 +388,9 @@ class PickleCodec:
     """Each item is pickled by itself, at its yield; scalars as one list."""
 
     def __init__(self) -> None:
-        #: Return an item pickled. A partial, not a method: it is called for every item.
-        self.encode: Callable[[Any], bytes] = partial(pickle.dumps, protocol=PROTOCOL)
+        self.sockets = SocketPickler()
+        #: Return an item pickled.
+        self.encode: Callable[[Any], bytes] = self.sockets.dumps
 
     def size(self, piece: bytes) -> int:
         """Return the bytes of one piece."""
@@ -422,15 +423,13 @@ class PickleCodec:
         loads = pickle.loads
         low, items = 0, []
         append: Callable[[Any], None] = items.append
-        try:
-            for end in block.positions():
-                high = end - block.base
+        for end in block.positions():
+            high = end - block.base
+            try:
                 append(loads(body[low:high]))
-                low = high
-        except BaseException as error:  # user code runs in loads: find the others one by one
-            append(Undecodable(error))
-            if len(items) < block.count:
-                items += self.decode(block.take(len(items), block.count))
+            except BaseException as error:  # user code runs in it
+                append(Undecodable(error))
+            low = high
         return items
 
 

@@ -473,6 +473,9 @@ class Serial:
         assert isinstance(order, Chunk)
         self._caller.prepare()
         tally = self._outbox.begin(order.number, alone=order.count == 1 and not self._recipe.signature.many)
+        if order.number >= self._page[LIMIT]:  # taken back whole: its sockets are somebody else's by now
+            self._outbox.flush(final=True)
+            return
         items, bad = self._intake.open(order)
         tally.items = items
         if self._recipe.signature.batched:
@@ -826,6 +829,7 @@ class Producer:
                 self._unfit(item, error, tally)
                 continue
             outcomes.append(piece)
+            del item  # a socket that was handed over must not stay open here until the next item comes
             nbytes += size(piece.data if type(piece) is Piece else piece)
             now = clock()
             if flusher is None and now - began > SLICE_SECONDS:

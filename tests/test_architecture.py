@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parent.parent / "jobq"
 #: A room (a module, or a folder with all in it) imports from its own layer and from those before it.
 LAYERS = (
     {"errors", "report", "events"},
-    {"options", "outcome", "stage", "wire", "backend", "load"},
+    {"handover", "options", "outcome", "stage", "wire", "backend", "load"},
     {
         "annotations",
         "validation",

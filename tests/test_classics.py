@@ -17,6 +17,8 @@ import pytest
 
 from tests.test_examples import EXAMPLES, JOBQ, session_members
 
+pytestmark = pytest.mark.slow
+
 PROCESSES = ["joinable", "sentinel", "pipe"]
 PARALLEL = [*PROCESSES, "thread"]
 ALL = [*PARALLEL, "inline"]

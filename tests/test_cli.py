@@ -32,6 +32,8 @@ from jobq.errors import BackendUnavailable, PipelineError
 from jobq.outcome import Outcome
 from jobq.report import Report, StageCounts
 
+pytestmark = pytest.mark.slow
+
 class Told(Pipeline):
     def execute(self, options, parameters, **others):
         ending = eval(parameters.get("ending", "{}"))

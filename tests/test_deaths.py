@@ -23,7 +23,7 @@ from tests.test_run import PROCESSES, Gate, Notes, counts, ints, run
 #: Seconds that a worker may outlive its driver: one, and some for a busy machine.
 SURVIVAL = 2.0
 
-pytestmark = pytest.mark.usefixtures("no_leaks")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_leaks")]
 
 
 @pytest.fixture(params=PROCESSES)

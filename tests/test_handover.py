@@ -15,12 +15,10 @@ import pytest
 from jobq import Pipeline
 from jobq.errors import PayloadError
 from jobq.handover import SocketPickler
-from jobq.wire import PickleCodec
 
-pytestmark = pytest.mark.usefixtures("no_leaks")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_leaks")]
 
 PROCESSES = ("joinable", "sentinel", "pipe")
-in_use = pytest.mark.skipif(not hasattr(PickleCodec(), "sockets"), reason="the codec doesn't use it yet")
 
 
 @pytest.fixture
@@ -162,7 +160,6 @@ def listen(caller: socket.socket) -> tuple[int, str]:
         return os.getpid(), caller.recv(99).decode()
 
 
-@in_use
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])
 @pytest.mark.parametrize("backend", PROCESSES)
 def test_a_stage_takes_sockets_of_a_producer_that_has_ended(backend: str, start_method: str) -> None:
@@ -177,7 +174,6 @@ def test_a_stage_takes_sockets_of_a_producer_that_has_ended(backend: str, start_
     assert os.getpid() not in pids
 
 
-@in_use
 @pytest.mark.parametrize("backend", PROCESSES)
 def test_a_submitted_socket_arrives(backend: str, ends: tuple[socket.socket, socket.socket]) -> None:
     pipeline = Pipeline("calls")
@@ -190,7 +186,6 @@ def test_a_submitted_socket_arrives(backend: str, ends: tuple[socket.socket, soc
     assert word == "7" and pid != os.getpid()
 
 
-@in_use
 def test_a_connection_as_an_item_is_the_one_that_was_given() -> None:
     pipeline = Pipeline("wires")
     pipeline.consumer(answer)
@@ -206,7 +201,6 @@ def answer(wire: Connection) -> None:
         wire.send("answered")
 
 
-@in_use
 def test_a_socket_whose_worker_died_is_a_dead_letter_that_says_why() -> None:
     pipeline = Pipeline("calls")
     pipeline.producer(greet)

@@ -12,7 +12,7 @@ import pytest
 
 from jobq import Job, JobsFailed, Pipeline, PipelineError, TimeLimitExceeded
 
-pytestmark = pytest.mark.usefixtures("no_leaks")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_leaks")]
 
 PROCESSES = ("joinable", "sentinel", "pipe")
 LIMIT = 0.3

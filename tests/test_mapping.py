@@ -23,7 +23,7 @@ from jobq import PayloadError, PipelineError, WorkerLost
 from tests.test_deaths import die, until
 from tests.test_run import BACKENDS, PROCESSES, Gate, Notes, Plain, Unpicklable
 
-pytestmark = pytest.mark.usefixtures("no_leaks")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_leaks")]
 
 
 @pytest.fixture(params=BACKENDS)

@@ -18,14 +18,12 @@ from pathlib import Path
 
 import pytest
 
-from jobq.wire import PickleCodec
 from tests.test_examples import EXAMPLES, JOBQ, session_members
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 20.0
-HAND_OVER = pytest.mark.skipif(
-    not hasattr(PickleCodec(), "sockets"), reason="the codec can't hand over sockets yet"
-)
-BACKENDS = ["thread", *(pytest.param(name, marks=HAND_OVER) for name in ("joinable", "sentinel", "pipe"))]
+BACKENDS = ["thread", "joinable", "sentinel", "pipe"]
 
 
 def survivors(session: int) -> list[str]:
@@ -169,7 +167,8 @@ def test_ctrl_c_closes_the_chat_cleanly(tmp_path: Path, backend: str) -> None:
 
         assert client.recv(1) == b"", "the server closes the conversation"
         errors = server.end()
-        assert server.process.returncode == 128 + signal.SIGINT
+        # Interrupted; or complete, if the producer saw the stop itself and ended.
+        assert server.process.returncode in (128 + signal.SIGINT, 0), errors
         assert "Traceback" not in errors
         assert list(tmp_path.iterdir()) == [], "nothing was cancelled, so there are no dead letters"
 
@@ -222,9 +221,6 @@ def test_urls_are_fetched_in_three_ways(tmp_path: Path) -> None:
     assert [arrived for _, arrived, _ in ways.values()] == [20, 20, 20]
 
 
-@pytest.mark.xfail(
-    reason="answers of jobs in one chunk wait for its slowest where concurrency > 1", strict=True
-)
 def test_a_slow_url_arrives_last_though_it_was_asked_for_first(tmp_path: Path) -> None:
     ways = fetched(tmp_path)
 

@@ -43,7 +43,7 @@ ASIDE = (*PROCESSES, "thread")
 #: Seconds after which what should happen counts as never happening.
 PATIENCE = 20.0
 
-pytestmark = pytest.mark.usefixtures("no_leaks")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_leaks")]
 
 
 @pytest.fixture(params=BACKENDS)

@@ -24,7 +24,7 @@ from jobq.locks import Book, Waiter
 from tests.test_deaths import SURVIVAL, die, until
 from tests.test_run import BACKENDS, ONE_OF_EACH, PROCESSES, Gate, Notes, ints, run
 
-pytestmark = pytest.mark.usefixtures("no_leaks")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_leaks")]
 
 
 @pytest.fixture(params=BACKENDS)

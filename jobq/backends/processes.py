@@ -241,7 +241,9 @@ class ProcessBackend:
     own_thread: ClassVar[bool] = True
 
     def __init__(self, plan: Plan) -> None:
-        self.codec: Codec = PickleCodec()
+        codec = PickleCodec()
+        self.codec: Codec = codec
+        self._sockets = codec.sockets
         self._plan = plan
         self._method = choose_start_method(plan.start_method)
         self._workers: list[ProcessWorker] = []
@@ -317,6 +319,7 @@ class ProcessBackend:
         self._workers = []
         if self._launcher is not None:
             self._launcher.close()
+        self._sockets.close()
 
     def _launch(self, name: str, recipe: str, descriptors: list[int], inbox: Inbox) -> Process:
         if self._nursery is not None:
