@@ -135,6 +135,7 @@ class Tally:
     failures: list[Failure] = field(default_factory=list)
     notes: list[tuple[int, float | None, float | None]] = field(default_factory=list)
     sent: int = 0
+    marked: bool = False  # an outcome may be FILTERED or FAILED; set before it is appended
     told: set[int] = field(default_factory=set)  # indices of the failures that have left
 
 
@@ -247,10 +248,10 @@ class Outbox:
     def _answer(self, tally: Tally, high: int, final: bool, ended: bool) -> Answer:
         low, tally.sent = tally.sent, high
         try:
-            settled, filtered, outputs = self._pack(tally.outcomes[low:high], low)
+            settled, filtered, outputs = self._pack(tally, low, high)
         except BaseException:  # a piece that is an item, and neither a scalar nor picklable
             self._take_out_unfit(tally, low, high)
-            settled, filtered, outputs = self._pack(tally.outcomes[low:high], low)
+            settled, filtered, outputs = self._pack(tally, low, high)
         # A failure may have been written down just before its place among the outcomes: next time then.
         failures = tuple(
             failure for failure in tally.failures if failure.index < high and failure.index not in tally.told
@@ -270,8 +271,12 @@ class Outbox:
         )
 
     def _pack(
-        self, outcomes: list[Any], low: int
+        self, tally: Tally, low: int, high: int
     ) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...], tuple[Output, ...]]:
+        outcomes = tally.outcomes[low:high]
+        if not tally.marked and not self._many and outcomes:  # nearly always
+            pieces = [] if outcomes[0] is DONE else outcomes
+            return ((low, high),), (), self._packer.outputs(pieces, None)
         settled, filtered, pieces, parents = self._sort(outcomes, low)
         return settled, filtered, self._packer.outputs(pieces, parents)
 
@@ -285,6 +290,7 @@ class Outbox:
                 self._packer.outputs(outcome if self._many else [outcome], None)
             except BaseException as error:  # user code runs in it
                 item = tally.items[index] if index < len(tally.items) else outcome
+                tally.marked = True
                 tally.outcomes[index] = FAILED
                 tally.failures.append(self._refuse(index, error, item))
 
@@ -296,15 +302,6 @@ class Outbox:
         self, outcomes: list[Any], low: int
     ) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...], list[Any], list[int] | None]:
         """Return what is settled, what is filtered, what was given, and by which job each was."""
-        high = low + len(outcomes)
-        if not outcomes:
-            return (), (), [], None
-        if not self._many:
-            kinds = set(map(type, outcomes))
-            if Marker not in kinds:
-                return ((low, high),), (), outcomes, None
-            if len(kinds) == 1 and outcomes.count(DONE) == len(outcomes):
-                return ((low, high),), (), [], None
         settled: list[tuple[int, int]] = []
         filtered: list[int] = []
         pieces: list[Any] = []

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 Ranges = list[tuple[int, int]]
 
-#: Never more jobs in a chunk, whatever their size: past 1024 tiny ints nothing is gained.
-CHUNK_JOBS = 1024
+#: Never more jobs in a chunk, whatever their size: waking an idle core takes as long as a thousand tiny jobs.
+CHUNK_JOBS = 2048
 #: A chunk should take about so many seconds: long beside its transport, short beside a person.
 CHUNK_SECONDS = 0.003
 
@@ -210,11 +210,11 @@ class Line:
         How many more jobs may be on their way here; may be negative.
 
         A queue size that the user chose is meant to the letter: so many may wait, besides those in hand. By
-        default a chunk in hand counts as one job does: it is sized to be through in a few milliseconds.
+        default a worker's chunk in hand, and the next, don't count: they are through in a few milliseconds.
         """
         options = self.node.stage.consumer
         if "queue_size" not in options.model_fields_set:
-            in_hand = max(self.lanes, self.lanes * self.target)
+            in_hand = max(self.lanes, 2 * self.lanes * self.target)
         else:
             in_hand = sum([min(self.each, load) for load in self.loads.values()])
         size = max(options.queue_size, options.batch or 0)

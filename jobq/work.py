@@ -520,6 +520,7 @@ class Serial:
                         given = unset
                         given = call(item)
                         if given is None and nullable:
+                            tally.marked = True
                             append(FILTERED)
                         else:
                             append(given if encode is None else encode(given))
@@ -536,6 +537,7 @@ class Serial:
         outcome = outcome_of(error)
         if outcome is FAILED:
             tally.failures.append(failure_of(index, error, item, self._retry_on))
+        tally.marked = True
         tally.outcomes.append(outcome)
 
     def _refuse(self, index: int, error: BaseException, item: Any) -> Failure:
@@ -543,6 +545,7 @@ class Serial:
 
     def _each(self, chunk: Chunk, items: list[Any], bad: Mapping[int, str], tally: Tally) -> None:
         page, number = self._page, chunk.number
+        tally.marked = True
         timeout = self._recipe.stage.consumer.timeout
         for index, (item, (part, offset)) in enumerate(zip(items, places(chunk), strict=True)):
             began = time.monotonic_ns()
@@ -603,6 +606,7 @@ class Serial:
     def _batch(self, chunk: Chunk, items: list[Any], bad: Mapping[int, str], tally: Tally) -> None:
         """Call the function once with all items that are fine."""
         page = self._page
+        tally.marked = True
         began = time.monotonic_ns()
         page[LANES + 1] = began
         page[LANES] = chunk.number
@@ -843,6 +847,7 @@ class Producer:
 
     def _unfit(self, item: Any, error: BaseException, tally: Tally) -> None:
         """Make a dead letter of an item that can't travel."""
+        tally.marked = True
         if isinstance(item, Unfit):
             tally.failures.append(refusal(len(tally.outcomes), str(item.error), item.shown))
             tally.outcomes.append(FAILED)
