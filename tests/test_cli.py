@@ -22,6 +22,8 @@ from jobq.cli import main
 from jobq.cli.run import run as run_command
 from tests.test_examples import session_members
 
+pytestmark = pytest.mark.slow
+
 JOBQ = [sys.executable, "-m", "jobq.cli"]
 
 #: Runs nothing: says what it was given, and ends as the parameter `ending` says.
@@ -31,8 +33,6 @@ from jobq import Pipeline
 from jobq.errors import BackendUnavailable, PipelineError
 from jobq.outcome import Outcome
 from jobq.report import Report, StageCounts
-
-pytestmark = pytest.mark.slow
 
 class Told(Pipeline):
     def execute(self, options, parameters, **others):

@@ -280,7 +280,7 @@ def test_an_item_larger_than_a_chunk_travels_alone() -> None:
 
 def test_chunks_start_at_one_job_and_grow_while_jobs_are_fast() -> None:
     world = World(declare((end, {"queue_size": 10_000})))
-    world.give(*range(3000))
+    world.give(*range(9000))
     sizes = [world["c0"].target]
 
     for _ in range(8):

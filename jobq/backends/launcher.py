@@ -242,10 +242,11 @@ class Launched:
     def ended(self) -> str | None:
         """Return how the process ended, or None while it runs."""
         if self._how is None:
-            code = self._process.exitcode
+            gone = self.fd == self._pidfd and readable(self.fd, 0)
+            code = self._process.exitcode  # after that look: it may end between the two
             if code is not None:
                 self._how = child.describe_exit(code)
-            elif self.fd == self._pidfd and readable(self.fd, 0):
+            elif gone:
                 self._how = "has ended"  # somebody else's wait() took the exit code
         return self._how
 
