@@ -481,7 +481,7 @@ def test_an_interrupted_run_is_code_130(here: Path) -> None:
     with started("run", "endless.py", stderr=subprocess.DEVNULL) as process:
         try:
             assert process.stdout is not None
-            assert process.stdout.readline() == "printed by a job\n"
+            assert "printed by a job" in process.stdout.readline()  # by several at once: lines may run together
             process.send_signal(signal.SIGINT)
             process.communicate(timeout=60)
         finally:
