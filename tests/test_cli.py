@@ -481,7 +481,8 @@ def test_an_interrupted_run_is_code_130(here: Path) -> None:
     with started("run", "endless.py", stderr=subprocess.DEVNULL) as process:
         try:
             assert process.stdout is not None
-            assert "printed by a job" in process.stdout.readline()  # by several at once: lines may run together
+            # By several workers at once: lines may run together.
+            assert "printed by a job" in process.stdout.readline()
             process.send_signal(signal.SIGINT)
             process.communicate(timeout=60)
         finally:
