@@ -55,6 +55,13 @@ def test_the_pipeline_of_the_readme_passes_the_other_commands(command: str, fold
     assert ended.returncode == 0, ended.stderr
 
 
+def test_the_session_of_the_readme_runs_as_shown(folder: Path) -> None:
+    ended = run(sys.executable, "feed.py", cwd=folder)
+
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.split("\n") == ["{'one.md': 3}", "1", "2", "3", ""]
+
+
 def test_the_script_of_the_readme_runs_as_shown(folder: Path) -> None:
     ended = run(sys.executable, "nightly.py", cwd=folder)
 
