@@ -15,7 +15,7 @@ from jobq.errors import TimeLimitExceeded
 from jobq.failure import failure_of, refusal
 from jobq.locks import inside
 from jobq.outbox import DONE, FAILED, FILTERED, Counters, Flusher, Marker
-from jobq.wire import Answer, Chunk, Failure, Order, Output, Part
+from jobq.wire import Answer, Chunk, Failure, Order, Output, PackedObjects, Part
 from jobq.work import (
     Caller,
     Intake,
@@ -29,6 +29,8 @@ from jobq.work import (
 
 #: After a flush, what ends within this many seconds waits for the flusher's next look.
 LINGER_SECONDS = 0.001
+#: Stands for an item that its job opens.
+UNOPENED = Marker("UNOPENED")
 #: Stands for a job that was taken back before it began.
 RECALLED = Marker("RECALLED")
 
@@ -79,7 +81,7 @@ class Lanes:
     def run(self, order: Order) -> None:
         """Hand a chunk's jobs to the lanes; they answer."""
         assert isinstance(order, Chunk)
-        items, bad = self._intake.open(order)
+        items, bad = self._open_chunk(order)
         tally = LaneTally(order.number, order.count)
         with self._lock:
             self._tallies[order.number] = tally
@@ -96,6 +98,28 @@ class Lanes:
             good = [replace(good[-1], item=[task.item for task in good], batch=indices)]
         for task in good:
             self._begin(task)
+
+    def _open_chunk(self, order: Chunk) -> tuple[list[Any], dict[int, str]]:
+        """
+        Return a chunk's items, `UNOPENED` where its jobs open them as they begin.
+
+        What is opened can't be given back: a socket comes out of its pickle once, and the job may still be
+        taken back.
+        """
+        alone = not self._recipe.signature.batched
+        if alone and all(isinstance(part.block, PackedObjects) for part in order.parts):
+            return [UNOPENED] * order.count, {}
+        return self._intake.open(order)
+
+    def _opened(self, task: Task) -> Task | None:
+        """Return *task* with its item; None if it is not what the stage takes: then the job has failed."""
+        if task.item is not UNOPENED:
+            return task
+        item, problem = self._intake.open_one(task.part, task.offset)
+        if problem is None:
+            return replace(task, item=item)
+        self._end(task.tally, task.index, FAILED, refusal(task.index, problem, item))
+        return None
 
     def _conclude(self, task: Task, outcome: Any, error: BaseException | None, busy: float) -> None:
         """Write down how a call ended: one job, or all jobs of a batch."""
@@ -219,7 +243,7 @@ class ThreadLanes(Lanes):
     def __init__(self, recipe: StageRecipe, port: Port) -> None:
         super().__init__(recipe, port)
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
-        self._opened: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
 
     def run(self, order: Order) -> None:
@@ -233,7 +257,7 @@ class ThreadLanes(Lanes):
             thread = threading.Thread(target=self._work, args=(lane,), name=f"jobq-lane-{lane}", daemon=True)
             self._threads.append(thread)
             thread.start()
-        for error in [self._opened.get() for _ in self._threads]:
+        for error in [self._ready.get() for _ in self._threads]:
             if error is not None:
                 raise error
 
@@ -249,9 +273,9 @@ class ThreadLanes(Lanes):
         try:
             caller.prepare()
         except BaseException as error:  # user code: the worker's main thread tells the driver
-            self._opened.put(error)
+            self._ready.put(error)
             return
-        self._opened.put(None)
+        self._ready.put(None)
         try:
             while (task := self._tasks.get()) is not None:
                 self._do(lane, caller, task)
@@ -261,6 +285,12 @@ class ThreadLanes(Lanes):
     def _do(self, lane: int, caller: Caller, task: Task) -> None:
         if not self._may_begin(lane, task):
             self._conclude(task, RECALLED, None, 0.0)
+            return
+        self._do_opened(caller, self._opened(task))
+        self._page[LANES + 2 * lane] = IDLE
+
+    def _do_opened(self, caller: Caller, task: Task | None) -> None:
+        if task is None:
             return
         self._current.tally = task.tally
         began = time.monotonic()
@@ -272,7 +302,6 @@ class ThreadLanes(Lanes):
         except BaseException as error:  # the job's, whatever it is
             outcome, raised = outcome_of(error), error
         self._conclude(task, outcome, raised, time.monotonic() - began)
-        self._page[LANES + 2 * lane] = IDLE
 
     def close(self) -> None:
         """End the threads once they have done what they were given."""
@@ -326,6 +355,14 @@ class AsyncLanes(Lanes):
             running.add_done_callback(self._running.discard)
 
     async def _do(self, lane: int, task: Task) -> None:
+        opened = self._opened(task)
+        if opened is not None:
+            await self._do_opened(opened)
+        self._page[LANES + 2 * lane] = IDLE
+        self._free.append(lane)
+        self._fill()
+
+    async def _do_opened(self, task: Task) -> None:
         began = time.monotonic()
         raised: BaseException | None = None
         try:
@@ -338,9 +375,6 @@ class AsyncLanes(Lanes):
         except BaseException as error:  # the job's, whatever it is
             outcome, raised = outcome_of(error), error
         self._conclude(task, outcome, raised, time.monotonic() - began)
-        self._page[LANES + 2 * lane] = IDLE
-        self._free.append(lane)
-        self._fill()
 
     async def _called(self, function: Callable[..., Any], item: Any, job: dict[str, Any]) -> Any:
         given = function(item, **job)

@@ -391,6 +391,12 @@ class Intake:
             return items, self._explain(items, bad)
         return items, bad
 
+    def open_one(self, part: Part, offset: int) -> tuple[Any, str | None]:
+        """Return one job's item, and what is wrong with it."""
+        items = self._codec.decode(part.block.take(offset, offset + 1))
+        bad = self._validator.check(items) if self._validator is not None else {}
+        return items[0], self._explain(items, bad).get(0)
+
     def _explain(self, items: list[Any], bad: Mapping[int, str]) -> dict[int, str]:
         explained = {
             index: f"{self._name}() takes {self._spelled}: {message}" for index, message in bad.items()
