@@ -44,6 +44,9 @@ KILL_GRACE_SECONDS = 5.0
 #: Where the system refuses a process or a descriptor, it is asked again after so long.
 RETRY_SECONDS = 0.5
 
+#: A call that is so little late is late by our clock's fault: the next one comes when it was to come.
+LATE_SECONDS = 0.005
+
 FINISH, STOP, KILL = 1, 2, 3
 
 #: Why a run is stopped, in words.
@@ -289,6 +292,8 @@ class Driver:
         if not self._closing:
             for pool in self._consumers:
                 line = pool.line
+                if pool.call_at is not None:
+                    due = min(due, pool.call_at)
                 if pool.retry_at is not None:
                     due = min(due, pool.retry_at)
                 if line.delayed:
@@ -544,8 +549,11 @@ class Driver:
             line = pool.line
             if line.delayed:
                 self.scheduler.due(line, now)
+            pool.call_at = None
             if line.ready:
-                if line.batch is not None:
+                if not line.is_producer and line.node.stage.consumer.rate is not None:
+                    self._give_by_rate(pool, line.node.stage.consumer.rate, now)
+                elif line.batch is not None:
                     self._give_batches(pool, now)
                 else:
                     self._give_chunks(pool)
@@ -579,6 +587,38 @@ class Driver:
                 if not share or not self._send(line, member, min(target, share)):
                     break
 
+    def _give_by_rate(self, pool: Pool, rate: float, now: float) -> None:
+        """
+        Give one call at a time to a free worker, evenly spaced: no call that did not happen is made up for.
+
+        Nothing is given ahead: what lies at a worker begins when the worker likes.
+        """
+        line = pool.line
+        lanes = line.batch or line.lanes // pool.size
+        free = [member for member in pool.members if member.ready and not member.recalled]
+        for member in sorted(free, key=_load):
+            if member.load >= lanes or not line.ready:
+                return
+            if now < pool.next_call:
+                pool.call_at = pool.next_call
+                return
+            if line.batch is not None and not self._is_ripe(line, now):
+                return
+            if not self._send(line, member, line.batch or 1):
+                return
+            late = now - pool.next_call
+            pool.next_call = (pool.next_call if late < LATE_SECONDS else now) + 1 / rate
+
+    def _is_ripe(self, line: Line, now: float) -> bool:
+        """Whether a batch is full, or overdue, or the last."""
+        timeout = line.node.stage.consumer.batch_timeout
+        return bool(
+            line.groups
+            or line.ready >= (line.batch or 1)
+            or (line.oldest is not None and now >= line.oldest + timeout)
+            or self.scheduler.upstream_quiet(line)
+        )
+
     def _give_batches(self, pool: Pool, now: float) -> None:
         """Give each free worker a batch that is full, or overdue, or the last."""
         line = pool.line
@@ -586,13 +626,7 @@ class Driver:
         for member in sorted(pool.members, key=_load):
             if not member.ready or member.load:
                 continue
-            ripe = (
-                line.groups
-                or line.ready >= batch
-                or (line.oldest is not None and now >= line.oldest + line.node.stage.consumer.batch_timeout)
-                or self.scheduler.upstream_quiet(line)
-            )
-            if not ripe or not self._send(line, member, batch):
+            if not self._is_ripe(line, now) or not self._send(line, member, batch):
                 break
             if line.oldest is not None:
                 line.oldest = now

@@ -7,9 +7,6 @@ Sockets as items of process backends: the process that takes the item gets the s
 A socket can't be copied, so a ticket is good once: the peer of a worker that dies sees the end of its
 connection, and the job's next try is a dead letter that says why. `multiprocessing` has a way of its own,
 which leaves a socket file behind when the giver is killed.
-
-With `concurrency` above 1 a ticket is used when its chunk arrives, before its job begins: should the job be
-taken back from behind slow ones, it becomes such a dead letter too.
 """
 
 from __future__ import annotations

@@ -89,6 +89,9 @@ class Pool:
         self._backend = backend
         self._started = started
         self._serial = 0
+        #: Where calls are limited to a rate: when the next may begin, and when to look for that.
+        self.next_call = 0.0
+        self.call_at: float | None = None
         self.look_at: float | None = None  # when a job in hand can be over its time limit
         #: Seconds after which a job's worker is stopped: an async job is cancelled by its worker first.
         timeout = None if line.is_producer else line.node.stage.consumer.timeout

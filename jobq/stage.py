@@ -102,6 +102,7 @@ class ConsumerOptions(Options):
     retry_on: tuple[type[BaseException], ...] = (Exception,)
     max_deliveries: int = Field(default=3, ge=1)
     timeout: float | None = Field(default=None, gt=0)
+    rate: float | None = Field(default=None, gt=0)
     queue_size: int = Field(default=1000, ge=1)
     queue_bytes: int = Field(default=64 * 1024 * 1024, ge=1)
     ordered: bool = False
@@ -176,7 +177,7 @@ def describe(stage: Stage | Resource) -> str:
 
 
 #: Options of the contract that no version has yet.
-NOT_YET = frozenset({"rate", "max_tasks_per_worker", "max_memory"})
+NOT_YET = frozenset({"max_tasks_per_worker", "max_memory"})
 
 
 def read_options(model: type[Options], what: str, given: dict[str, Any]) -> Any:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +19,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_leaks")]
 
 PROCESSES = ("joinable", "sentinel", "pipe")
 LIMIT = 0.3
+#: Seconds by which the first call may be late against the others, on a busy machine.
+SLACK = 0.1
+EXAMPLE = Path(__file__).parent.parent / "examples" / "rate_limited_api.py"
 
 
 def stuck_at(number: int, **options: object) -> Pipeline:
@@ -167,3 +173,41 @@ def test_a_time_limit_that_is_no_time_is_refused() -> None:
 
     with pytest.raises(PipelineError, match="timeout"):
         pipeline.consumer(lambda item: item, name="work", timeout=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"workers": 2}, {"concurrency": 4}, {"batch": 2}], ids=str)
+@pytest.mark.parametrize("backend", (*PROCESSES, "thread", "inline"))
+def test_calls_of_all_workers_together_are_no_more_often_than_the_rate(
+    backend: str, options: dict[str, int]
+) -> None:
+    pipeline = Pipeline("rate")
+
+    @pipeline.producer
+    def numbers() -> Iterator[int]:
+        yield from range(12)
+
+    def one(item: int) -> float:  # noqa: ARG001
+        return time.monotonic()
+
+    def many(items: list[int]) -> float:  # noqa: ARG001
+        return time.monotonic()
+
+    pipeline.consumer(many if "batch" in options else one, name="call", rate=50, **options)
+
+    report = pipeline.run(backend=backend, collect=True)
+
+    calls = sorted(report.results)
+    assert len(calls) == 12 // options.get("batch", 1)
+    # A bound that holds however busy the machine is: calls come late, never early on the whole.
+    assert calls[-1] - calls[0] >= (len(calls) - 1) / 50 - SLACK
+
+
+def test_the_example_of_a_limited_api_gets_all_its_answers() -> None:
+    ended = subprocess.run(
+        [sys.executable, str(EXAMPLE)], capture_output=True, text=True, timeout=60, check=False
+    )
+
+    assert ended.returncode == 0, ended.stderr
+    answers, pace = ended.stdout.splitlines()
+    assert answers.startswith("30 answers")
+    assert pace == "not faster than allowed"
