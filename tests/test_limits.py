@@ -202,9 +202,10 @@ def test_calls_of_all_workers_together_are_no_more_often_than_the_rate(
     assert calls[-1] - calls[0] >= (len(calls) - 1) / 50 - SLACK
 
 
-def test_the_example_of_a_limited_api_gets_all_its_answers() -> None:
+@pytest.mark.parametrize("backend", (*PROCESSES, "thread", "inline"))
+def test_the_example_of_a_limited_api_gets_all_its_answers(backend: str) -> None:
     ended = subprocess.run(
-        [sys.executable, str(EXAMPLE)], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, str(EXAMPLE), backend], capture_output=True, text=True, timeout=60, check=False
     )
 
     assert ended.returncode == 0, ended.stderr
