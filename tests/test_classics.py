@@ -321,6 +321,7 @@ CLASSICS = [
     "pool_async",
     "pool_map",
     "crawler_loop",
+    "rate_limited_api",
     "branch_by_type",
     "batch_insert",
     "embed_in_script",
