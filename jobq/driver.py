@@ -296,8 +296,9 @@ class Driver:
                     due = min(due, pool.call_at)
                 if pool.retry_at is not None:
                     due = min(due, pool.retry_at)
-                if line.delayed:
-                    due = min(due, line.delayed[0][0])
+                delayed = self.scheduler.next_due(line)
+                if delayed is not None:
+                    due = min(due, delayed)
                 if line.batch is not None and line.oldest is not None:
                     due = min(due, line.oldest + line.node.stage.consumer.batch_timeout)
             for at in self._checks.values():

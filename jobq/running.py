@@ -18,7 +18,7 @@ from jobq.backend import Backend, Plan, Preload, Recipe
 from jobq.driver import KILL, STOP, Driver
 from jobq.errors import PipelineError
 from jobq.graph import Edge, Graph, Node, Route, bind, find_by_name_problems
-from jobq.inputs import NAME, input_stage
+from jobq.inputs import NAME, input_stage, read_lines
 from jobq.keeper import RECIPE, KeeperRecipe
 from jobq.letters import Letters, cannot_be_loaded
 from jobq.locks import open_desk
@@ -244,6 +244,10 @@ def _with_input(graph: Graph, options: RunOptions) -> tuple[Graph, dict[str, Any
     )
     node = Node(stage, signature, (Route((first.name,)),), (0,))
     kept = {name: one for name, one in graph.nodes.items() if one.stage.kind == "consumer"}
+    if NAME in kept:
+        raise PipelineError(
+            f"{describe(kept[NAME].stage)} is named like the stage that reads --input: give it another name=."
+        )
     edges = (Edge(NAME, first.name), *(edge for edge in graph.edges if edge.source in kept))
     return (
         Graph({NAME: node, **kept}, graph.resources, edges, graph.loops, graph.name),
@@ -307,7 +311,7 @@ def _recipe(
         lanes,
         own_thread,
         log,
-        node.stage.name == NAME and node.stage.kind == "producer" and "source" in values.get(NAME, {}),
+        node.stage.function is read_lines,
         place,
     )
 

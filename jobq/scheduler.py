@@ -194,6 +194,12 @@ class Line:
     sent: dict[str, int] = field(default_factory=dict)  # tickets given out, by worker
     sequencer: Sequencer[tuple[Output, tuple[int, ...] | None]] | None = None
 
+    def count_queued(self, parts: Iterable[Part]) -> None:
+        """Count *parts* as queued."""
+        for part in parts:
+            self.queued += part.block.count
+            self.queued_bytes += part.block.nbytes
+
     @property
     def is_producer(self) -> bool:
         """Whether this stage has no inputs."""
@@ -367,9 +373,7 @@ class Scheduler:
             line.waiting = deque(sorted(queue, key=lambda part: part.first))
         if line.oldest is None:
             line.oldest = line.seen_at
-        for part in parts:
-            line.queued += part.block.count
-            line.queued_bytes += part.block.nbytes
+        line.count_queued(parts)
 
     def submit(
         self,
@@ -742,10 +746,8 @@ class Scheduler:
     def _delay_group(self, line: Line, parts: list[Part], due: float) -> None:
         self._serial += 1
         heapq.heappush(line.delayed, (due, self._serial, parts))
-        for part in parts:
-            line.queued += part.block.count
-            line.queued_bytes += part.block.nbytes
-            line.resting += part.block.count
+        line.count_queued(parts)
+        line.resting += sum(part.block.count for part in parts)
 
     def _bury(
         self, line: Line, worker: str, part: Part | None, failure: Failure, *, loadable: bool = True
@@ -857,9 +859,7 @@ class Scheduler:
             return 0
         group = [replace(part, delivery=part.delivery + charged) for part in parts]
         line.groups.appendleft(group)
-        for part in group:
-            line.queued += part.block.count
-            line.queued_bytes += part.block.nbytes
+        line.count_queued(group)
         return sum(part.block.count for part in group)
 
     def _release_order(self, line: Line, now: float) -> None:

@@ -19,7 +19,7 @@ import marshal
 import pickle
 import struct
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, ClassVar, Protocol, TypeAlias
@@ -360,6 +360,11 @@ class Codec(Protocol):
         """Returns an item as it is now, as one piece; raises whatever pickling it raises."""
         ...
 
+    @property
+    def by_reference(self) -> bool:
+        """Whether pieces are the items themselves."""
+        ...
+
     def size(self, piece: Any) -> int:
         """Return the bytes of one piece."""
         ...
@@ -386,6 +391,8 @@ class Undecodable:
 
 class PickleCodec:
     """Each item is pickled by itself, at its yield; scalars as one list."""
+
+    by_reference: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.sockets = SocketPickler()
@@ -442,6 +449,8 @@ def _length(items: list[Any], types: set[type]) -> int:
 
 class ReferenceCodec:
     """Items are handed over as they are."""
+
+    by_reference: ClassVar[bool] = True
 
     def encode(self, item: Any) -> Any:
         """Return *item* itself."""
@@ -601,8 +610,3 @@ _UNPACKERS: dict[str, Callable[[Sequence[Any], _Bodies], Order | Said]] = {
     "h": lambda fields, _: Hello(fields[1]),
     "b": lambda fields, _: Bye(fields[1]),
 }
-
-
-def total_count(parts: Iterable[Part]) -> int:
-    """Return how many jobs *parts* hold."""
-    return sum(part.block.count for part in parts)

@@ -29,7 +29,19 @@ from jobq.outbox import DONE, FAILED, FILTERED, ManyRoutes, NoTaker, OneRoute, O
 from jobq.shared import Proxy
 from jobq.stage import Job, Resource, Shard, Stage
 from jobq.validation import Router, Validator
-from jobq.wire import CHUNK_BYTES, SCALARS, TEXTS, Chunk, Codec, Failure, Grant, Order, Part, Undecodable
+from jobq.wire import (
+    CHUNK_BYTES,
+    SCALARS,
+    TEXTS,
+    Chunk,
+    Codec,
+    Failure,
+    Grant,
+    Order,
+    Part,
+    PickleCodec,
+    Undecodable,
+)
 
 if TYPE_CHECKING:
     from jobq.observe.log import LogSettings
@@ -178,13 +190,15 @@ class Resources:
         self._stack.close()
 
 
-class JsonCodec:
+class JsonCodec(PickleCodec):
     """Results as JSON lines, made where the result is made, so that the driver has only bytes to write."""
 
     def __init__(self, where: str) -> None:
+        super().__init__()
         self._where = where
+        self.encode = self._line
 
-    def encode(self, item: Any) -> bytes:
+    def _line(self, item: Any) -> bytes:
         """Return *item* as one JSON line; raises `PayloadError` if it has no JSON form."""
         from pydantic_core import to_json
 
@@ -214,20 +228,19 @@ def read_giving(recipe: StageRecipe, codec: Codec) -> Giving:
         return Giving(NoTaker(), None, ignore=True)
     if recipe.may_be_unfit:
         return _giving_unless_unfit(codec, routes[0])
-    codecs: list[Any] = [
+    codecs: list[Codec | None] = [
         None if use.kind == "count" else JsonCodec(where) if use.kind == "json" else codec for use in routes
     ]
     if len(signature.outputs) == 1 and not routes[0].keys:
-        use = routes[0]
-        if use.kind == "count":
+        chosen = codecs[0]
+        if chosen is None:
             return Giving(NoTaker(), None)
-        by_reference = codec.encode(signature) is signature if use.kind == "items" else False
-        if use.kind == "items" and (by_reference or signature.outputs[0] in SCALARS):
-            return Giving(OneRoute(codec, scalars=True), None)
-        encode = codecs[0].encode
-        return Giving(OneRoute(_Joined(codec) if use.kind == "json" else codec), encode)
+        own_pieces = chosen.by_reference or signature.outputs[0] in SCALARS
+        if own_pieces and routes[0].kind == "items":
+            return Giving(OneRoute(chosen, scalars=True), None)
+        return Giving(OneRoute(chosen), chosen.encode)
     router = Router(signature.outputs)
-    encoders = [getattr(chosen, "encode", None) for chosen in codecs]
+    encoders = [None if chosen is None else chosen.encode for chosen in codecs]
     spelled = " | ".join(map(spell, signature.outputs))
 
     def encode_routed(item: Any) -> Piece:
@@ -242,8 +255,7 @@ def read_giving(recipe: StageRecipe, codec: Codec) -> Giving:
         keys = tuple((place, key_of(function, item)) for place, function in use.keys)
         return Piece(route, None if encoder is None else encoder(item), keys)
 
-    joined = [_Joined(codec) if isinstance(chosen, JsonCodec) else chosen for chosen in codecs]
-    return Giving(ManyRoutes(tuple(joined)), encode_routed)
+    return Giving(ManyRoutes(tuple(codecs)), encode_routed)
 
 
 def _giving_unless_unfit(codec: Codec, use: RouteUse) -> Giving:
@@ -258,14 +270,6 @@ def _giving_unless_unfit(codec: Codec, use: RouteUse) -> Giving:
         )
 
     return Giving(ManyRoutes((codec,)), encode)
-
-
-def _Joined(codec: Codec) -> Codec:  # noqa: N802  # stands for a class
-    """Return a codec that joins JSON lines to a block of bytes, whatever the backend's own codec."""
-    from jobq.wire import PickleCodec
-
-    del codec
-    return PickleCodec()
 
 
 def key_of(function: Function, item: Any) -> Any:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import pytest
 from pydantic import BaseModel
@@ -1666,3 +1666,31 @@ def test_payload_errors_are_payload_errors_in_the_group(backend: str) -> None:
     (error,) = caught.value.exceptions
     assert isinstance(error, PayloadError)
     assert "take" in str(error)
+
+
+def test_an_annotation_that_cannot_be_pickled_is_nobody_s_business(backend: str) -> None:
+    pipeline = ints(3)
+    note = object()  # what a library puts beside a type, made where it can't be found by name
+    kind = Annotated[int, lambda: note]
+
+    def wrap(i: int) -> dict[str, int]:
+        return {"i": i}
+
+    wrap.__annotations__["i"] = kind
+    pipeline.consumer(wrap)
+
+    report = pipeline.run(backend=backend, collect=True)
+
+    assert sorted(result["i"] for result in report.results) == [0, 1, 2]
+
+
+def test_a_stage_named_like_the_one_that_reads_the_input_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "items.jsonl").write_text("1\n")
+    pipeline = Pipeline("named")
+
+    @pipeline.consumer(name="input")
+    def take(i: int) -> int:
+        return i
+
+    with pytest.raises(PipelineError, match="reads --input"):
+        pipeline.run(input=tmp_path / "items.jsonl", backend="inline")

@@ -28,9 +28,6 @@ _WIDE = 300
 class LiveProgress:
     """Draws each `Tick` on *stream* (standard error), if that is a terminal; cleared at the end."""
 
-    #: Says to the driver that somebody listens to ticks.
-    wants_ticks = True
-
     def __init__(self, stream: IO[str] | None = None) -> None:
         self._stream = stream or sys.stderr
         self._on = is_terminal(self._stream)
