@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
+import json
+import os
 import pickle
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from jobq.errors import PayloadError, Reject, Retry
-from jobq.wire import PROTOCOL, Failure
+from jobq.validation import json_reader
+from jobq.wire import PROTOCOL, Failure, Undecodable
 
 #: A traceback is cut to so many characters: a runaway recursion would otherwise fill the log.
 TRACEBACK_CHARACTERS = 20_000
 REPR_CHARACTERS = 200
-_HERE = str(Path(__file__).parent)
+_HERE = str(Path(__file__).parent) + os.sep
 
 
 def safe_text(value: object) -> str:
@@ -38,10 +45,19 @@ def safe_repr(value: object) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+def visible(text: str) -> str:
+    """Return *text* with everything escaped that a terminal could take for an order; line breaks too."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def failure_of(
-    index: int, error: BaseException, item: Any, retry_on: tuple[type[BaseException], ...]
+    index: int,
+    error: BaseException,
+    item: Any,
+    retry_on: tuple[type[BaseException], ...],
+    form: JsonForm | None = None,
 ) -> Failure:
-    """Return what *error*, raised by the job at *index*, is to the driver."""
+    """Return what *error*, raised by the job at *index*, is to the driver; *form*: of the stage's items."""
     verdict, delay, message = "error", None, safe_text(error)
     if isinstance(error, Retry):
         verdict, delay, message = "retry", error.delay, "the job asked for another try"
@@ -58,37 +74,89 @@ def failure_of(
         isinstance(error, retry_on),
         delay,
         exception=_pickled(error),
-        **describe_item(item),
+        **describe_item(item, (form or JsonForm()).text(item)),
     )
 
 
 def refusal(index: int, message: str, item: Any) -> Failure:
     """Return the failure of an item that its stage can't take: never retried."""
     error = PayloadError(message)
-    return Failure(
-        index, "payload", "PayloadError", message, "", exception=_pickled(error), **describe_item(item)
-    )
+    described = describe_item(item, JsonForm().text(item))
+    return Failure(index, "payload", "PayloadError", message, "", exception=_pickled(error), **described)
 
 
-def describe_item(item: Any) -> dict[str, Any]:
-    """Return type, JSON form (None if it has none) and a safe repr of *item*."""
-    return {"item_type": type(item).__qualname__, "item_json": json_text(item), "item_repr": safe_repr(item)}
+def describe_item(item: Any, item_json: str | None) -> dict[str, Any]:
+    """Return type, JSON form and a safe repr of *item*; nothing of what couldn't be loaded."""
+    if isinstance(item, Undecodable):
+        return {"item_repr": "an item that could not be loaded"}
+    return {"item_type": type(item).__qualname__, "item_json": item_json, "item_repr": safe_repr(item)}
 
 
-def json_text(item: Any) -> str | None:
-    """Return *item* as JSON text, or None if it has no JSON form."""
-    from pydantic_core import to_json
+class JsonForm:
+    """The JSON of items: only where reading it as the *annotation* gives the same item again."""
 
-    try:
-        return to_json(item, inf_nan_mode="null").decode()
-    except BaseException:  # user code may run in it (serializers)
-        return None
+    def __init__(self, annotation: Any = Any) -> None:
+        self._annotation = annotation
+        self._read: Callable[[str], Any] | None = None
+
+    def text(self, item: Any) -> str | None:
+        """Return *item* as JSON text, or None if it has no JSON form."""
+        from pydantic_core import to_json
+
+        try:
+            text = to_json(item, inf_nan_mode="strings").decode()
+            return text if same(self.item(text), item) else None
+        except BaseException:  # user code may run in it (serializers, validators)
+            return None
+
+    def item(self, text: str) -> Any:
+        """Return the item that *text* is; raises what its type raises if it is none."""
+        if self._read is None:
+            self._read = json.loads if self._annotation is Any else json_reader(self._annotation)
+        return self._read(text)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two items are equal, and of equal types to the bottom; but an int may stand for a float."""
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return {type(one), type(other)} == {int, float} and bool(one == other)
+    if isinstance(one, float):
+        return one == other or (one != one and other != other)  # nan
+    if isinstance(one, dict):
+        one, other = [*one.items()], [*other.items()]
+    if isinstance(one, set | frozenset):
+        return {(type(each), each) for each in one} == {(type(each), each) for each in other}
+    if (fields := _fields(one)) is not None:
+        one, other = fields, _fields(other)
+    if isinstance(one, list | tuple | collections.deque):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
+def _fields(item: Any) -> list[Any] | None:
+    """Return what is in the fields of a model or a dataclass; None: it is neither."""
+    from pydantic import BaseModel
+
+    if isinstance(item, BaseModel):
+        own = [getattr(item, name, None) for name in type(item).model_fields]
+        return [*own, item.__pydantic_extra__, item.__pydantic_private__]
+    if dataclasses.is_dataclass(item):
+        return [getattr(item, field.name, None) for field in dataclasses.fields(item)]
+    return None
+
+
+def users_frames(error: BaseException) -> TracebackType | None:
+    """Return where *error* was raised, without the frames of jobq that stand before the user's."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(_HERE):
+        trace = trace.tb_next
+    return trace
 
 
 def _traceback(error: BaseException) -> str:
-    tb = error.__traceback__
-    while tb is not None and tb.tb_next is not None and tb.tb_frame.f_code.co_filename.startswith(_HERE):
-        tb = tb.tb_next  # jobq's own frames say nothing to the user
+    tb = users_frames(error)
     try:
         text = "".join(traceback.format_exception(type(error), error, tb))
     except BaseException:  # user code: __str__, __cause__ …

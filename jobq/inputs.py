@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jobq.annotations import read_signature, spell
 from jobq.errors import PayloadError, PipelineError
+from jobq.graph import Graph
 from jobq.stage import ProducerOptions, Stage, describe
 from jobq.validation import json_reader
 from jobq.work import Unfit
@@ -37,12 +39,29 @@ def read_lines(source: str, shown: str, consumer: Stage) -> Iterator[Any]:
                 yield item
 
 
-def input_stage(path: Path, consumer: Stage) -> tuple[Stage, dict[str, Any]]:
+@dataclass(frozen=True, slots=True)
+class Source:
     """
-    Return the stage that reads *path* ("-": standard input) for *consumer*, and its parameters.
+    What takes the place of a pipeline's producers: a stage of jobq's own, with its parameters.
+
+    It has a route to each of ``takers``; by which one an item goes, `jobq.work.Addressed` says (else the
+    first), and not its type. For what is no item it yields `Unfit`.
+    """
+
+    stage: Stage
+    values: Mapping[str, Any]
+    takers: tuple[str, ...]
+
+
+def input_source(path: Path, graph: Graph) -> Source:
+    """
+    Return what reads *path* ("-": standard input) for the first consumer of *graph*.
 
     Raises `PipelineError` if there is no such file, or items of that type can't be read from JSON.
     """
+    consumer = next((node.stage for node in graph.consumers()), None)
+    if consumer is None:
+        raise PipelineError(f"pipeline {graph.name!r} has no consumer that could take the items of --input.")
     if path == Path("-"):
         # By this path a worker opens the driver's standard input, however it was started.
         source, shown = f"/proc/{os.getpid()}/fd/0", "standard input"
@@ -58,4 +77,4 @@ def input_stage(path: Path, consumer: Stage) -> tuple[Stage, dict[str, Any]]:
             f"{describe(consumer)} takes {taken}, which can't be read from JSON lines."
         ) from error
     stage = Stage(NAME, "producer", read_lines, ProducerOptions(), (), shown)
-    return stage, {"source": source, "shown": shown, "consumer": consumer}
+    return Source(stage, {"source": source, "shown": shown, "consumer": consumer}, (consumer.name,))

@@ -23,6 +23,7 @@ from jobq.work import (
     check_limit,
     encode_carefully,
     outcome_of,
+    place_of,
     places,
     read_giving,
 )
@@ -41,6 +42,7 @@ class LaneTally:
 
     number: int
     open: int
+    chunk: Chunk
     outcomes: list[tuple[int, Any]] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     notes: list[tuple[int, float | None, float | None]] = field(default_factory=list)
@@ -82,7 +84,7 @@ class Lanes:
         """Hand a chunk's jobs to the lanes; they answer."""
         assert isinstance(order, Chunk)
         items, bad = self._open_chunk(order)
-        tally = LaneTally(order.number, order.count)
+        tally = LaneTally(order.number, order.count, order)
         with self._lock:
             self._tallies[order.number] = tally
         if self._flusher is not None:
@@ -127,9 +129,13 @@ class Lanes:
             last = index == task.index
             item = task.item[task.batch.index(index)] if task.batch else task.item
             failed = error is not None and outcome_of(error) is FAILED
-            failure = failure_of(index, error, item, self._retry_on) if failed and error else None
+            failure = self._failure(task, index, error, item) if failed and error else None
             given = outcome if last or outcome in (FAILED, FILTERED, RECALLED) else DONE
             self._end(task.tally, index, given, failure, busy if last else 0.0)
+
+    def _failure(self, task: Task, index: int, error: BaseException, item: Any) -> Failure:
+        item = self._intake.original(*place_of(task.tally.chunk, index), item)
+        return failure_of(index, error, item, self._retry_on, self._intake.form)
 
     def _begin(self, task: Task) -> None:
         raise NotImplementedError

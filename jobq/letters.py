@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jobq.errors import JobqError, PayloadError, TimeLimitExceeded, WorkerLost
 from jobq.events import JobDead
-from jobq.failure import json_text, safe_repr, safe_text
+from jobq.failure import JsonForm, describe_item, safe_text
 from jobq.report import DeadLetter
 from jobq.scheduler import Dead
 from jobq.wire import Codec, Failure, PackedObjects, PackedScalars, Part, References, Undecodable
@@ -29,18 +29,24 @@ class RemoteTraceback(JobqError):
 
 @dataclass(slots=True)
 class Letters:
-    """Makes letters of dead jobs and keeps the first ones; items are decoded only in `finish`."""
+    """
+    Makes letters of dead jobs and keeps the first ones; items are decoded only when the run is over.
+
+    ``forms``: how each consumer's items are told as JSON.
+    """
 
     run: str
     pipeline: str
     target: str | None
+    forms: Mapping[str, JsonForm] = field(default_factory=dict)
     kept: list[tuple[Dead, DeadLetter]] = field(default_factory=list)
     undecoded: list[tuple[Dead, JobDead]] = field(default_factory=list)
 
     def make(self, dead: Dead) -> JobDead:
         """Return the event for *dead*; nothing pickled is loaded, except plain scalars."""
         failure, part = dead.failure, dead.part
-        scalar = _scalar_json(part)
+        untold = failure.item_repr is None  # the driver's own: nobody has looked at the item
+        scalar = _scalar_json(part) if untold else None
         item_json = failure.item_json if failure.item_json is not None else scalar
         letter = DeadLetter(
             run=self.run,
@@ -61,7 +67,7 @@ class Letters:
         if len(self.kept) < LETTERS_KEPT:
             self.kept.append((dead, letter))
         # What is not pickled here must wait: pickling may run user code, and this is the driver's thread.
-        foreign = failure.verdict == "lost" or (part is not None and isinstance(part.block, References))
+        foreign = untold or (part is not None and isinstance(part.block, References))
         undecoded = item_json is None and part is not None and dead.loadable and foreign
         pickled = None if item_json is not None else _pickled(part)
         event = JobDead(dead.worker, letter, item_json, pickled, undecoded)
@@ -69,14 +75,19 @@ class Letters:
             self.undecoded.append((dead, event))
         return event
 
+    def still_encoded(self) -> Iterable[JobDead]:
+        """Yield the events of jobs whose items nobody has looked at again, as they are."""
+        for _, event in self.undecoded:
+            yield replace(event, undecoded=False)
+
     def decoded(self, codec: Codec) -> Iterable[JobDead]:
-        """Yield the events of jobs that died with their workers again, with their items as JSON."""
+        """Yield the events of jobs whose items nobody has looked at again, with their items as JSON."""
         for dead, event in self.undecoded:
             assert dead.part is not None
             item = codec.decode(dead.part.block)[0]
             if not isinstance(item, Undecodable):
                 event.letter.item_type = type(item).__qualname__
-            text = None if isinstance(item, Undecodable) else json_text(item)
+            text = None if isinstance(item, Undecodable) else self._form(dead.stage).text(item)
             pickled = event.item_pickle if event.item_pickle is not None or text is not None else _dumps(item)
             yield replace(event, item_json=text, item_pickle=pickled, undecoded=False)
 
@@ -89,18 +100,18 @@ class Letters:
         for part in parts:
             items = codec.decode(part.block)
             for index, item in enumerate(items):
-                known = not isinstance(item, Undecodable)
                 failure = Failure(
                     0,
                     "cancelled",
                     "",
                     "the run was stopped before this job came to its end",
                     "",
-                    item_type=type(item).__qualname__ if known else None,
-                    item_json=json_text(item) if known else None,
-                    item_repr=safe_repr(item) if known else None,
+                    **describe_item(item, self._form(stage).text(item)),
                 )
                 yield self.make(Dead(stage, "", part.take(index, index + 1), failure, status="cancelled"))
+
+    def _form(self, stage: str) -> JsonForm:
+        return self.forms.get(stage) or JsonForm()
 
     def finish(self, codec: Codec) -> list[DeadLetter]:
         """Return the letters with their items as objects, as far as these can be loaded."""
@@ -177,7 +188,7 @@ def _scalar_json(part: Part | None) -> str | None:
     if part is None or not isinstance(part.block, PackedScalars):
         return None
     items: list[Any] = pickle.loads(part.block.body)
-    return json_text(items[part.block.low])
+    return JsonForm().text(items[part.block.low])
 
 
 def _dumps(item: Any) -> bytes | None:

@@ -34,11 +34,13 @@ if TYPE_CHECKING:
     from jobq.backend import Preload
     from jobq.events import Observer
     from jobq.inlet import Inlet
+    from jobq.inputs import Source
     from jobq.report import Report
     from jobq.wire import Codec
+    from jobq.work import OnError
 
 F = TypeVar("F", bound=Callable[..., Any])
-Source = str | Function | Sequence[str | Function] | None
+Sources = str | Function | Sequence[str | Function] | None
 
 
 class Pipeline:
@@ -247,18 +249,22 @@ class Pipeline:
         preload: Preload | None = None,
         target: str | None = None,
         output_fd: int | None = None,
+        source: Source | None = None,
+        on_error: OnError | None = None,
     ) -> Outcome:
         """
         Run to the end and return how it ended, without raising for what jobs did: for command lines.
 
         *texts*: parameters are texts to be read by their annotations. *output_fd*: where ``output="-"``
         writes. *preload* and *target*: how a child process finds the pipeline's file, and its name in
-        dead letters.
+        dead letters. *source*: what takes the place of the producers. *on_error*: called in the worker with
+        what jobs raise (`jobq.work.OnError`).
         """
         with _sink(options, output_fd) as sink:
             running = self._prepare(
-                options, parameters, sink, observers, texts=texts, preload=preload, target=target
-            )
+                options, parameters, sink, observers, texts=texts, preload=preload, target=target,
+                source=source, on_error=on_error,
+            )  # fmt: skip
             try:
                 with running.signals():
                     running.driver.run()
@@ -277,6 +283,8 @@ class Pipeline:
         preload: Preload | None = None,
         target: str | None = None,
         make_inlet: Callable[[Graph, Codec], Inlet] | None = None,
+        source: Source | None = None,
+        on_error: OnError | None = None,
     ) -> Running:
         refuse_while_loading()
         graph = build_graph(
@@ -284,7 +292,7 @@ class Pipeline:
             self._resources,
             pipeline=self.name,
             given=dict(parameters),
-            need_producer=options.input is None and make_inlet is None,
+            need_producer=options.input is None and make_inlet is None and source is None,
         )
         from jobq.observe import log_settings
 
@@ -300,6 +308,8 @@ class Pipeline:
             target=target,
             log=log_settings(options),
             make_inlet=make_inlet,
+            source=source,
+            on_error=on_error,
         )
 
     def _read(self, given: dict[str, Any]) -> tuple[RunOptions, dict[str, Any]]:
@@ -326,7 +336,7 @@ def _parameter_names(declared: Stage | Resource) -> Iterator[str]:
         yield from inspect.signature(declared.function).parameters
 
 
-def _sources(given: Source, what: str) -> tuple[str | Function, ...]:
+def _sources(given: Sources, what: str) -> tuple[str | Function, ...]:
     sources = (given,) if given is None or isinstance(given, str) or callable(given) else tuple(given)
     for source in sources:
         if source is not None and not isinstance(source, str) and not callable(source):

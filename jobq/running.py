@@ -14,11 +14,13 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from jobq import backends, events
+from jobq.annotations import read_signature
 from jobq.backend import Backend, Plan, Preload, Recipe
 from jobq.driver import KILL, STOP, Driver
 from jobq.errors import PipelineError
+from jobq.failure import JsonForm
 from jobq.graph import Edge, Graph, Node, Route, bind, find_by_name_problems
-from jobq.inputs import NAME, input_stage, read_lines
+from jobq.inputs import Source, input_source
 from jobq.keeper import RECIPE, KeeperRecipe
 from jobq.letters import Letters, cannot_be_loaded
 from jobq.locks import open_desk
@@ -29,7 +31,7 @@ from jobq.results import Collect, Sink
 from jobq.scheduler import Scheduler
 from jobq.stage import Shard, describe
 from jobq.wire import Codec, Undecodable
-from jobq.work import ResourceUse, RouteUse, StageRecipe
+from jobq.work import OnError, ResourceUse, RouteUse, StageRecipe
 
 if TYPE_CHECKING:
     from jobq.inlet import Inlet
@@ -72,13 +74,14 @@ class Running:
     def conclude(self) -> Outcome:
         """Return how the run ended; call it when the driver is through, in the caller's thread."""
         driver, codec = self.driver, self.backend.codec
-        if driver.ending.level < KILL and not driver.abandoned:
-            if self.file is not None:
-                for event in self.letters.decoded(codec):
-                    self.file(event)
+        hurried = driver.ending.level >= KILL or driver.abandoned
+        if not hurried:
             for cancelled in driver.cancelled:
                 for event in self.letters.cancelled(cancelled.stage, cancelled.parts, codec):
                     self.watchers.tell(event)
+        if self.file is not None:
+            for event in self.letters.still_encoded() if hurried else self.letters.decoded(codec):
+                self.file(event)
         counts = driver.counts()
         seconds = time.monotonic() - self.began
         self.watchers.tell(events.RunEnded(self.id, seconds, counts))
@@ -155,18 +158,22 @@ def prepare(
     target: str | None = None,
     log: LogSettings | None = None,
     make_inlet: Callable[[Graph, Codec], Inlet] | None = None,
+    source: Source | None = None,
+    on_error: OnError | None = None,
 ) -> Running:
     """
     Return a run that is ready to start: no worker exists yet.
 
-    With *make_inlet* its producers don't run: items come through the inlet. Raises `PipelineError` for
-    whatever can be known to be wrong before, `BackendUnavailable`.
+    Its producers don't run with *make_inlet* (items come through the inlet), nor with *source*.
+    Raises `PipelineError` for whatever can be known to be wrong before, `BackendUnavailable`.
     """
     backend_class = backends.load(options.backend)
-    values = bind(graph, parameters, texts, producers=options.input is None and make_inlet is None)
-    if options.input is not None:
-        graph, read = _with_input(graph, options)
-        values[NAME] = read
+    if source is None and options.input is not None:
+        source = input_source(options.input, graph)
+    values = bind(graph, parameters, texts, producers=source is None and make_inlet is None)
+    if source is not None:
+        graph = _with_source(graph, source)
+        values[source.stage.name] = dict(source.values)
     sizes = _sizes(graph, options)
     if make_inlet is not None:
         sizes.update({node.stage.name: 0 for node in graph.producers()})
@@ -179,7 +186,18 @@ def prepare(
     place = uuid.uuid4().hex
     recipes: dict[str, Recipe] = {
         f"{key}/{index}": _recipe(
-            graph, node, values, sink, run_id, Shard(index, sizes[key]), lanes[key], own_thread, log, place
+            graph,
+            node,
+            values,
+            sink,
+            run_id,
+            Shard(index, sizes[key]),
+            lanes[key],
+            own_thread,
+            log,
+            place,
+            addressing=source is not None and node.stage is source.stage,
+            on_error=on_error,
         )
         for key, node in graph.nodes.items()
         for index in range(sizes[key])
@@ -199,7 +217,8 @@ def prepare(
     backend = backend_class(Plan(recipes, options.start_method, preload, daemon))  # type: ignore[call-arg]  # a Protocol has no constructor
     try:
         watchers = Watchers(list(observers))
-        letters = Letters(run_id, name, target)
+        forms = {node.stage.name: JsonForm(node.signature.item_type) for node in graph.consumers()}
+        letters = Letters(run_id, name, target, forms)
 
         driver = Driver(
             Scheduler(graph, sizes, lanes, random.Random()),
@@ -229,30 +248,19 @@ def prepare(
     return running
 
 
-def _with_input(graph: Graph, options: RunOptions) -> tuple[Graph, dict[str, Any]]:
-    """Return *graph* with a stage that reads ``--input`` in place of its producers."""
-    assert options.input is not None
-    consumers = graph.consumers()
-    if not consumers:
-        raise PipelineError(f"pipeline {graph.name!r} has no consumer that could take the items of --input.")
-    first = consumers[0].stage
-    stage, values = input_stage(options.input, first)
-    from jobq.annotations import Signature
-
-    signature = Signature(
-        many=True, gives=True, outputs=(consumers[0].signature.item_type,), is_generator=True
-    )
-    node = Node(stage, signature, (Route((first.name,)),), (0,))
-    kept = {name: one for name, one in graph.nodes.items() if one.stage.kind == "consumer"}
-    if NAME in kept:
+def _with_source(graph: Graph, source: Source) -> Graph:
+    """Return *graph* with *source* in place of its producers."""
+    name = source.stage.name
+    kept = {key: node for key, node in graph.nodes.items() if node.stage.kind == "consumer"}
+    if name in kept:
         raise PipelineError(
-            f"{describe(kept[NAME].stage)} is named like the stage that reads --input: give it another name=."
+            f"{describe(kept[name].stage)} is named like the stage that reads --input or dead letters:"
+            " give it another name=."
         )
-    edges = (Edge(NAME, first.name), *(edge for edge in graph.edges if edge.source in kept))
-    return (
-        Graph({NAME: node, **kept}, graph.resources, edges, graph.loops, graph.name),
-        values,
-    )
+    routes = tuple(Route((taker,)) for taker in source.takers)
+    node = Node(source.stage, read_signature(source.stage), routes, (0,))
+    edges = (*(Edge(name, taker) for taker in source.takers), *(e for e in graph.edges if e.source in kept))
+    return Graph({name: node, **kept}, graph.resources, edges, graph.loops, graph.name)
 
 
 def _sizes(graph: Graph, options: RunOptions) -> dict[str, int]:
@@ -298,6 +306,9 @@ def _recipe(
     own_thread: bool,
     log: LogSettings | None,
     place: str,
+    *,
+    addressing: bool,
+    on_error: OnError | None,
 ) -> StageRecipe:
     return StageRecipe(
         run_id,
@@ -311,8 +322,9 @@ def _recipe(
         lanes,
         own_thread,
         log,
-        node.stage.function is read_lines,
+        addressing,
         place,
+        on_error,
     )
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from jobq.annotations import Signature, read_signature, spell
 from jobq.backend import DECODING, HINT, IDLE, LANES, LIMIT, STOPPING, Port, Work
 from jobq.errors import Interrupted, PayloadError, Skip, TimeLimitExceeded
-from jobq.failure import failure_of, refusal, safe_text
+from jobq.failure import JsonForm, failure_of, refusal, safe_text
 from jobq.locks import inside, join, joined
 from jobq.outbox import DONE, FAILED, FILTERED, ManyRoutes, NoTaker, OneRoute, Outbox, Packer, Piece, Tally
 from jobq.shared import Proxy
@@ -38,6 +38,7 @@ from jobq.wire import (
     Failure,
     Grant,
     Order,
+    PackedObjects,
     Part,
     PickleCodec,
     Undecodable,
@@ -62,6 +63,18 @@ class Unfit:
 
     shown: Any
     error: PayloadError
+
+
+@dataclass(frozen=True, slots=True)
+class Addressed:
+    """What a producer of jobq's own yields for an item that is to take a certain route, whatever its type."""
+
+    item: Any
+    route: int
+
+
+#: Told of what a job raised, where it was raised: the stage, the job's number, the exception.
+OnError = Callable[[str, int, BaseException], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +111,8 @@ class StageRecipe:
     """
     Everything that a worker of one stage needs to know. Implements `jobq.backend.Recipe`.
 
-    ``place`` is the run's address for locks and run-scoped resources.
+    ``place`` is the run's address for locks and run-scoped resources. ``addressing``: the stage is jobq's
+    own, and yields `Addressed` and `Unfit` too. ``on_error`` is called in the worker.
     """
 
     run: str
@@ -112,8 +126,9 @@ class StageRecipe:
     lanes: int = 1
     flusher: bool = True
     log: LogSettings | None = None
-    may_be_unfit: bool = False
+    addressing: bool = False
     place: str = ""
+    on_error: OnError | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Leave annotations out of the pickle: many can't be pickled, and the child reads them again."""
@@ -226,8 +241,8 @@ def read_giving(recipe: StageRecipe, codec: Codec) -> Giving:
     signature, routes, where = recipe.signature, recipe.routes, f"{recipe.stage.name}()"
     if not signature.gives:
         return Giving(NoTaker(), None, ignore=True)
-    if recipe.may_be_unfit:
-        return _giving_unless_unfit(codec, routes[0])
+    if recipe.addressing:
+        return _giving_as_addressed(codec, routes)
     codecs: list[Codec | None] = [
         None if use.kind == "count" else JsonCodec(where) if use.kind == "json" else codec for use in routes
     ]
@@ -258,18 +273,17 @@ def read_giving(recipe: StageRecipe, codec: Codec) -> Giving:
     return Giving(ManyRoutes(tuple(codecs)), encode_routed)
 
 
-def _giving_unless_unfit(codec: Codec, use: RouteUse) -> Giving:
-    """Return how the items of a producer that may yield `Unfit` are encoded: all on one route."""
-    keyed = use.keys
+def _giving_as_addressed(codec: Codec, routes: Sequence[RouteUse]) -> Giving:
+    """Return how the items of a producer of jobq's own are encoded: not by their types."""
 
-    def encode(item: Any) -> Piece:
-        if isinstance(item, Unfit):
-            raise item.error
-        return Piece(
-            0, codec.encode(item), tuple((place, key_of(function, item)) for place, function in keyed)
-        )
+    def encode(given: Any) -> Piece:
+        if isinstance(given, Unfit):
+            raise given.error
+        item, route = (given.item, given.route) if isinstance(given, Addressed) else (given, 0)
+        keys = tuple((place, key_of(function, item)) for place, function in routes[route].keys)
+        return Piece(route, codec.encode(item), keys)
 
-    return Giving(ManyRoutes((codec,)), encode)
+    return Giving(ManyRoutes((codec,) * len(routes)), encode)
 
 
 def key_of(function: Function, item: Any) -> Any:
@@ -377,6 +391,7 @@ class Intake:
         self._page = port.page
         self._name = recipe.stage.name
         signature = recipe.signature
+        self.form = JsonForm(signature.item_type)
         self._validator = Validator(signature.item_type) if recipe.stage.consumer.validate_items else None
         self._spelled = spell(signature.item_type)
 
@@ -400,6 +415,13 @@ class Intake:
         items = self._codec.decode(part.block.take(offset, offset + 1))
         bad = self._validator.check(items) if self._validator is not None else {}
         return items[0], self._explain(items, bad).get(0)
+
+    def original(self, part: Part, offset: int, item: Any) -> Any:
+        """Return *item* as it came, whatever its job did to it: its dead letter is to be run again."""
+        if not isinstance(part.block, PackedObjects):
+            return item
+        (again,) = self._codec.decode(part.block.take(offset, offset + 1))
+        return item if isinstance(again, Undecodable) else again
 
     def _explain(self, items: list[Any], bad: Mapping[int, str]) -> dict[int, str]:
         explained = {
@@ -481,6 +503,7 @@ class Serial:
     def run(self, order: Order) -> None:
         """Do a chunk's jobs and answer it."""
         assert isinstance(order, Chunk)
+        self._chunk = order
         self._caller.prepare()
         tally = self._outbox.begin(order.number, alone=order.count == 1 and not self._recipe.signature.many)
         if order.number >= self._page[LIMIT]:  # taken back whole: its sockets are somebody else's by now
@@ -546,12 +569,24 @@ class Serial:
     def _failed(self, index: int, error: BaseException, item: Any, tally: Tally) -> None:
         outcome = outcome_of(error)
         if outcome is FAILED:
-            tally.failures.append(failure_of(index, error, item, self._retry_on))
+            self._tell(index, error)
+            tally.failures.append(self._failure(index, error, item, self._retry_on))
         tally.marked = True
         tally.outcomes.append(outcome)
 
+    def _tell(self, index: int, error: BaseException) -> None:
+        if self._recipe.on_error is not None:
+            part, offset = place_of(self._chunk, index)
+            self._recipe.on_error(self._recipe.stage.name, part.first + offset, error)
+
+    def _failure(
+        self, index: int, error: BaseException, item: Any, retry_on: tuple[type[BaseException], ...]
+    ) -> Failure:
+        item = self._intake.original(*place_of(self._chunk, index), item)
+        return failure_of(index, error, item, retry_on, self._intake.form)
+
     def _refuse(self, index: int, error: BaseException, item: Any) -> Failure:
-        return failure_of(index, cannot_be_pickled(error, self._recipe), item, ())
+        return self._failure(index, cannot_be_pickled(error, self._recipe), item, ())
 
     def _each(self, chunk: Chunk, items: list[Any], bad: Mapping[int, str], tally: Tally) -> None:
         page, number = self._page, chunk.number
@@ -645,8 +680,9 @@ class Serial:
         except Skip:
             outcomes = [FILTERED if outcome is DONE else outcome for outcome in outcomes]
         except BaseException as error:  # the job's, whatever it is
+            self._tell(last, error)
             tally.failures += [
-                failure_of(index, error, item, self._retry_on)
+                self._failure(index, error, item, self._retry_on)
                 for index, item in enumerate(items)
                 if index not in bad
             ]
@@ -671,6 +707,15 @@ def places(chunk: Chunk) -> Iterator[tuple[Part, int]]:
     for part in chunk.parts:
         for offset in range(part.block.count):
             yield part, offset
+
+
+def place_of(chunk: Chunk, index: int) -> tuple[Part, int]:
+    """Return the part of the job at *index* of *chunk*, and its place in the part."""
+    for part in chunk.parts:
+        if index < part.block.count:
+            return part, index
+        index -= part.block.count
+    raise IndexError(index)
 
 
 def check_limit(timeout: float | None, began: int) -> None:

@@ -32,7 +32,7 @@ LAYERS = (
         "results",
         "scheduler",
     },
-    {"inlet", "inputs", "keeper", "lanes", "letters", "listener", "locks", "shared", "work"},
+    {"inlet", "inputs", "keeper", "lanes", "letters", "listener", "locks", "replay", "shared", "work"},
     {"pool", "driver"},
     {"running"},
     {"session", "stream"},

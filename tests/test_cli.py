@@ -149,6 +149,7 @@ def test_help_lists_the_commands(flag: str) -> None:
     assert result.exit_code == 0
     assert re.findall(r"^  (\w+) ", result.stdout.partition("Commands:")[2], re.MULTILINE) == [
         "check",
+        "dead",
         "graph",
         "run",
     ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import click
 
 from jobq.cli.check import check, graph
+from jobq.cli.dead import dead
 from jobq.cli.run import run
 
 
@@ -25,5 +26,6 @@ def main() -> None:
 main.add_command(run)
 main.add_command(check)
 main.add_command(graph)
+main.add_command(dead)
 
 __all__ = ["main"]

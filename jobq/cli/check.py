@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from jobq.cli.ending import USAGE, explained
+from jobq.cli.ending import USAGE, explained, print_out
 
 if TYPE_CHECKING:
     from jobq.graph import Graph
@@ -28,7 +28,7 @@ def check(target: str, as_json: bool) -> None:
             if not as_json:
                 raise
             found = {"ok": False, "problems": list(error.problems), "stages": [], "edges": []}
-        _print(json.dumps(found, indent=2) if as_json else _in_words(found))
+        print_out(json.dumps(found, indent=2) if as_json else _in_words(found))
     sys.exit(0 if found["ok"] else USAGE)
 
 
@@ -44,7 +44,7 @@ def graph(target: str, form: str) -> None:
 
         loaded = load_target(target)
         draw = as_mermaid if form == "mermaid" else as_text
-        _print(draw(loaded.pipeline.graph()))
+        print_out(draw(loaded.pipeline.graph()))
 
 
 def _found(target: str) -> dict[str, Any]:
@@ -69,12 +69,3 @@ def _parts(graph: Graph) -> dict[str, list[Any]]:
 def _in_words(found: dict[str, Any]) -> str:
     stages, edges = len(found["stages"]), len(found["edges"])
     return f"ok: {stages} stage{'' if stages == 1 else 's'}, {edges} edge{'' if edges == 1 else 's'}"
-
-
-def _print(text: str) -> None:
-    """Write *text* to standard output now, so that a closed one is seen here."""
-    if sys.stdout is None:
-        raise OSError("standard output is closed")
-    encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
-    sys.stdout.flush()

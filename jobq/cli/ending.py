@@ -40,6 +40,15 @@ def say(text: str) -> None:
     write(sys.stderr, f"jobq: {text}\n")
 
 
+def print_out(text: str) -> None:
+    """Write *text* to standard output now, so that a closed one is seen here."""
+    if sys.stdout is None:
+        raise OSError("standard output is closed")
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+    sys.stdout.flush()
+
+
 @contextmanager
 def explained() -> Iterator[None]:
     """End the command with the exit code and the message of an error that leaves the ``with``."""

@@ -113,17 +113,16 @@ def run(target: str, params: dict[str, str], quiet: bool, verbose: bool, **given
     with explained():
         from jobq.load import load_target
 
-        to_stdout = given["output"] == Path("-")
-        output_fd = _claim_stdout() if to_stdout else None
+        output_fd = claim_stdout(given)
         loaded = load_target(target)
-        options = _read_options(given, loaded.pipeline.run_options, quiet=quiet, verbose=verbose)
-        outcome = _execute(loaded, options, params, output_fd)
-        _conclude(outcome, options, quiet=quiet)
+        options = read_options(given, loaded.pipeline.run_options, quiet=quiet, verbose=verbose)
+        outcome = execute(loaded, options, params, output_fd)
+        conclude(outcome, options, quiet=quiet)
     flush_stdout()
     sys.exit(exit_code(outcome))
 
 
-def _read_options(
+def read_options(
     given: Mapping[str, Any], defaults: Mapping[str, Any], *, quiet: bool, verbose: bool
 ) -> RunOptions:
     """Return the options of the run: what was given, else the pipeline's defaults, else our own."""
@@ -146,12 +145,14 @@ def _read_options(
     return read_run_options(options)
 
 
-def _claim_stdout() -> int:
+def claim_stdout(given: Mapping[str, Any]) -> int | None:
     """
-    Return a descriptor for what was standard output; that goes to standard error from now on.
+    Return a descriptor for what was standard output if results go there: it is standard error from now on.
 
     So what users' code prints, here and in workers, can't get between the results.
     """
+    if given["output"] != Path("-"):
+        return None
     try:
         sys.stdout.flush()
         claimed = os.dup(1)
@@ -161,7 +162,10 @@ def _claim_stdout() -> int:
     return claimed
 
 
-def _execute(loaded: Loaded, options: RunOptions, params: dict[str, str], output_fd: int | None) -> Outcome:
+def execute(
+    loaded: Loaded, options: RunOptions, params: dict[str, str], output_fd: int | None, **how: Any
+) -> Outcome:
+    """Run the pipeline, observed as *options* say; *how* is for `Pipeline.execute`."""
     from jobq.observe import observing
 
     with observing(options) as observers:
@@ -173,11 +177,12 @@ def _execute(loaded: Loaded, options: RunOptions, params: dict[str, str], output
             preload=loaded.preload,
             target=loaded.target,
             output_fd=output_fd,
+            **how,
         )
     return outcome
 
 
-def _conclude(outcome: Outcome, options: RunOptions, *, quiet: bool) -> None:
+def conclude(outcome: Outcome, options: RunOptions, *, quiet: bool) -> None:
     """Say what became of the run on standard error."""
     from jobq.observe.dead_file import dead_letter_path
     from jobq.observe.summary import summary
