@@ -46,8 +46,14 @@ LANES = 4
 
 #: Ticket in hand: nothing.
 IDLE = -1
-#: The limit word's value when nothing is taken back.
-NO_LIMIT = 2**62
+#: The limit word's value when nothing is taken back. Small, since it is read before each job.
+NO_LIMIT = -1
+
+
+def may_begin(page: Page, ticket: int) -> bool:
+    """Return whether the job with this *ticket* was not taken back; its lane shows the ticket already."""
+    limit = page[LIMIT]
+    return limit == NO_LIMIT or ticket < limit
 
 
 def page_words(lanes: int) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from jobq.backend import IDLE, LANES, LIMIT, Port
+from jobq.backend import IDLE, LANES, Port, may_begin
 from jobq.errors import TimeLimitExceeded
 from jobq.failure import failure_of, refusal
 from jobq.locks import inside
@@ -145,7 +145,7 @@ class Lanes:
         ticket = task.tally.number + (task.batch[0] if task.batch else task.index)
         self._page[LANES + 2 * lane + 1] = time.monotonic_ns()
         self._page[LANES + 2 * lane] = ticket
-        if ticket < self._page[LIMIT]:
+        if may_begin(self._page, ticket):
             return True
         self._page[LANES + 2 * lane] = IDLE
         return False

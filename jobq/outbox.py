@@ -66,7 +66,7 @@ class OneRoute:
         """Return one output, or none if there are no pieces."""
         if not pieces:
             return ()
-        block: Block = self.codec.scalars(list(pieces)) if self.scalars else self.codec.block(pieces)
+        block: Block = self.codec.scalars(_listed(pieces)) if self.scalars else self.codec.block(pieces)
         return (Output(0, block, _packed(parents)),)
 
 
@@ -104,6 +104,11 @@ class ManyRoutes:
             indices = None if whole else [parents[i] if parents is not None else i for i in places]
             outputs.append(Output(route, block, _packed(indices), keys))
         return tuple(outputs)
+
+
+def _listed(pieces: Sequence[Any]) -> list[Any]:
+    """Return *pieces* as a list: nearly always they are one, of which nobody else knows."""
+    return pieces if isinstance(pieces, list) else list(pieces)
 
 
 def _packed(parents: Sequence[int] | None) -> bytes | None:

@@ -34,9 +34,11 @@ if TYPE_CHECKING:
 Ranges = list[tuple[int, int]]
 
 #: Never more jobs in a chunk, whatever their size: waking an idle core takes as long as a thousand tiny jobs.
-CHUNK_JOBS = 2048
+CHUNK_JOBS = 4096
 #: A chunk should take about so many seconds: long beside its transport, short beside a person.
 CHUNK_SECONDS = 0.003
+#: Jobs that take less in all aren't worth sharing out where a part of their block carries all its bytes.
+SHARE_SECONDS = 0.0003
 
 
 @dataclass(slots=True)
@@ -444,7 +446,8 @@ class Scheduler:
 
         A job that is tried alone (`solo`) travels alone, to a worker that has nothing else.
         """
-        limit = min(limit, self.startable(line))
+        room = self.startable(line)
+        limit = min(limit, room)
         if limit <= 0:
             return None
         flights = line.flights.setdefault(worker, {})
@@ -458,7 +461,7 @@ class Scheduler:
         elif line.groups:
             parts = line.groups.popleft()
         else:
-            parts = self._gather(line, limit)
+            parts = self._gather(line, limit, room)
         if not parts:
             return None
         count = sum([part.block.count for part in parts])
@@ -480,13 +483,18 @@ class Scheduler:
             self._promise(line, count)
         return chunk
 
-    def _gather(self, line: Line, limit: int) -> list[Part]:
+    def _gather(self, line: Line, limit: int, room: int) -> list[Part]:
+        """Return about *limit* jobs, never more than *room*, from the head of what waits."""
         parts: list[Part] = []
         nbytes = 0
         while limit > 0 and line.waiting:
             head = line.waiting[0]
             size = head.block.nbytes
             fits = limit
+            if head.block.count > limit and self._is_better_whole(line, head):
+                if parts:
+                    break
+                fits = room
             if line.batch is None and size > CHUNK_BYTES - nbytes:
                 share = (CHUNK_BYTES - nbytes) * head.block.count // size
                 if share < 1 and parts:
@@ -499,6 +507,13 @@ class Scheduler:
         if not line.waiting:
             line.oldest = None
         return parts
+
+    @staticmethod
+    def _is_better_whole(line: Line, part: Part) -> bool:
+        """Whether the part's jobs take less time than it costs to have two workers decode all of them."""
+        if line.batch is not None or not part.block.shared or line.service is None:
+            return False
+        return line.service * part.block.count < SHARE_SECONDS
 
     @staticmethod
     def _cut(queue: deque[Part], limit: int) -> Part:

@@ -21,7 +21,7 @@ from operator import is_not
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from jobq.annotations import Signature, read_signature, spell
-from jobq.backend import DECODING, HINT, IDLE, LANES, LIMIT, STOPPING, Port, Work
+from jobq.backend import DECODING, HINT, IDLE, LANES, LIMIT, STOPPING, Port, Work, may_begin
 from jobq.errors import Interrupted, PayloadError, Skip, TimeLimitExceeded
 from jobq.failure import JsonForm, failure_of, refusal, safe_text
 from jobq.locks import inside, join, joined
@@ -39,6 +39,7 @@ from jobq.wire import (
     Grant,
     Order,
     PackedObjects,
+    PackedScalars,
     Part,
     PickleCodec,
     Undecodable,
@@ -393,20 +394,25 @@ class Intake:
         signature = recipe.signature
         self.form = JsonForm(signature.item_type)
         self._validator = Validator(signature.item_type) if recipe.stage.consumer.validate_items else None
+        #: The name of the scalar type that was seen to be right when the items were packed.
+        self._known = signature.item_type.__name__ if signature.item_type in SCALARS else None
         self._spelled = spell(signature.item_type)
 
     def open(self, chunk: Chunk) -> tuple[list[Any], dict[int, str]]:
         """Return a chunk's items, and what is wrong with some of them, by index."""
-        page = self._page
+        page, codec, parts = self._page, self._codec, chunk.parts
         page[DECODING] = chunk.number  # loading an item may run user code, and kill us
-        parts = chunk.parts
-        decode = self._codec.decode
-        items = (
-            decode(parts[0].block) if len(parts) == 1 else [i for part in parts for i in decode(part.block)]
+        before = codec.undecoded
+        if len(parts) == 1:
+            items = codec.decode(parts[0].block)
+        else:
+            items = [item for part in parts for item in codec.decode(part.block)]
+        known = self._known is not None and all(
+            type(part.block) is PackedScalars and part.block.only == self._known for part in parts
         )
-        bad = self._validator.check(items) if self._validator is not None else {}
+        bad = {} if known or self._validator is None else self._validator.check(items)
         page[DECODING] = IDLE
-        if bad or Undecodable in set(map(type, items)):
+        if bad or codec.undecoded != before:
             return items, self._explain(items, bad)
         return items, bad
 
@@ -506,7 +512,9 @@ class Serial:
         self._chunk = order
         self._caller.prepare()
         tally = self._outbox.begin(order.number, alone=order.count == 1 and not self._recipe.signature.many)
-        if order.number >= self._page[LIMIT]:  # taken back whole: its sockets are somebody else's by now
+        if not may_begin(
+            self._page, order.number
+        ):  # taken back whole: its sockets are another's now
             self._outbox.flush(final=True)
             return
         items, bad = self._intake.open(order)
@@ -525,30 +533,24 @@ class Serial:
         page, call, append = self._page, self._caller.function, tally.outcomes.append
         encode, ignore, nullable = self._giving.encode, self._giving.ignore, self._nullable
         unset = given = FAILED  # what the call gave: tells whether it or the encoding raised
-        ticket = number - 1
-        rest = iter(items)
+        tickets = enumerate(items, number)
+        item = None
         while True:
             try:
                 if ignore:
-                    for item in rest:
-                        ticket += 1
-                        page[LANES] = ticket
-                        if ticket >= page[LIMIT]:
+                    for page[LANES], item in tickets:
+                        if page[LIMIT] >= 0 and not may_begin(page, page[LANES]):
                             return
                         call(item)
                         append(DONE)
                 elif encode is None and not nullable:
-                    for item in rest:
-                        ticket += 1
-                        page[LANES] = ticket
-                        if ticket >= page[LIMIT]:
+                    for page[LANES], item in tickets:
+                        if page[LIMIT] >= 0 and not may_begin(page, page[LANES]):
                             return
                         append(call(item))
                 else:
-                    for item in rest:
-                        ticket += 1
-                        page[LANES] = ticket
-                        if ticket >= page[LIMIT]:
+                    for page[LANES], item in tickets:
+                        if page[LIMIT] >= 0 and not may_begin(page, page[LANES]):
                             return
                         given = unset
                         given = call(item)
@@ -564,7 +566,7 @@ class Serial:
                 if given is not unset:
                     error = cannot_be_pickled(error, self._recipe)
                     given = unset
-                self._failed(ticket - number, error, item, tally)
+                self._failed(page[LANES] - number, error, item, tally)
 
     def _failed(self, index: int, error: BaseException, item: Any, tally: Tally) -> None:
         outcome = outcome_of(error)
@@ -596,7 +598,7 @@ class Serial:
             began = time.monotonic_ns()
             page[LANES + 1] = began  # before the ticket: the driver may take a job for younger, not for older
             page[LANES] = number + index
-            if number + index >= page[LIMIT]:
+            if not may_begin(page, number + index):
                 return
             if index in bad:
                 tally.failures.append(refusal(index, bad[index], item))
@@ -655,7 +657,7 @@ class Serial:
         began = time.monotonic_ns()
         page[LANES + 1] = began
         page[LANES] = chunk.number
-        if chunk.number >= page[LIMIT]:
+        if not may_begin(page, chunk.number):
             return
         tally.failures += [refusal(index, bad[index], items[index]) for index in sorted(bad)]
         good = [item for index, item in enumerate(items) if index not in bad]

@@ -285,7 +285,7 @@ def test_chunks_start_at_one_job_and_grow_while_jobs_are_fast() -> None:
 
     for _ in range(8):
         chunk = world.take(limit=sizes[-1])
-        world.answer(chunk, busy=1e-6 * chunk.count)
+        world.answer(chunk, busy=5e-7 * chunk.count)
         sizes.append(world["c0"].target)
 
     assert sizes[0] == 1
