@@ -202,7 +202,7 @@ def _pickled(part: Part | None) -> bytes | None:
     if part is None:
         return None
     if isinstance(part.block, PackedObjects):
-        return bytes(part.block.body)
+        return part.block.pickled()
     if isinstance(part.block, PackedScalars):
         items: list[Any] = pickle.loads(part.block.body)
         return pickle.dumps(items[part.block.low], protocol=5)

@@ -26,6 +26,7 @@ from typing import Any, ClassVar, Protocol, TypeAlias
 
 from jobq.errors import BrokenChannel
 from jobq.handover import SocketPickler
+from jobq.shapes import Alone, Shape, builder
 
 Buffer: TypeAlias = bytes | memoryview
 
@@ -74,12 +75,13 @@ class PackedObjects:
     Items pickled one by one, each at its yield.
 
     ``ends`` holds, as unsigned 64-bit numbers, where each item ends, counted from ``base`` bytes
-    before the start of ``body``.
+    before the start of ``body``. ``shape`` is how they become instances of their class (`jobq.shapes`).
     """
 
     body: Buffer
     ends: bytes
     base: int = 0
+    shape: bytes = b""
     shared: ClassVar[bool] = False
 
     @property
@@ -106,11 +108,15 @@ class PackedObjects:
         start = ends[low - 1] if low else self.base
         stop = ends[high - 1] if high else self.base
         body = memoryview(self.body)[start - self.base : stop - self.base]
-        return PackedObjects(body, self.ends[low * 8 : high * 8], start)
+        return PackedObjects(body, self.ends[low * 8 : high * 8], start, self.shape)
+
+    def pickled(self) -> bytes:
+        """Return the pickle of the only item."""
+        return pickle.dumps(Alone(self.shape, bytes(self.body)), PROTOCOL) if self.shape else bytes(self.body)
 
     def header(self) -> tuple[Any, ...]:
         """Return what the other side needs besides the body."""
-        return ("o", self.ends, self.base)
+        return ("o", self.ends, self.base, self.shape)
 
 
 @dataclass(slots=True)
@@ -440,6 +446,20 @@ class PickleCodec:
             return PackedScalars(pickle.dumps(items, PROTOCOL), len(items), 0, len(items), only)
         return self.block([self.encode(item) for item in items])
 
+    @staticmethod
+    def _loads(shape: bytes) -> Callable[[Any], Any]:
+        """Return what loads an item of a shape, or raises for each why the shape can't be had."""
+        loads = pickle.loads
+
+        def load(piece: Any) -> Any:
+            return builder(shape)(loads(piece))
+
+        try:
+            build = builder(shape)
+        except BaseException:  # the class can't be found here: each item says so
+            return load
+        return lambda piece: build(loads(piece))
+
     def decode(self, block: Block) -> list[Any]:
         """Return the items of a packed block."""
         if isinstance(block, PackedScalars):
@@ -447,7 +467,7 @@ class PickleCodec:
             return items if block.count == block.total else items[block.low : block.high]
         assert isinstance(block, PackedObjects)
         body = memoryview(block.body)
-        loads = pickle.loads
+        loads = self._loads(block.shape) if block.shape else pickle.loads
         low, items = 0, []
         append: Callable[[Any], None] = items.append
         for end in block.positions():
@@ -459,6 +479,21 @@ class PickleCodec:
                 append(Undecodable(error))
             low = high
         return items
+
+
+class ShapedCodec(PickleCodec):
+    """Items of one class are the values of their fields, anything else is pickled as ever."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self._ref = shape.ref
+        self.encode = shape.encoder(self.sockets.dumps)
+
+    def block(self, pieces: Sequence[bytes]) -> PackedObjects:
+        """Return encoded items as a block."""
+        block = super().block(pieces)
+        block.shape = self._ref
+        return block
 
 
 def _length(items: list[Any], types: set[type]) -> int:

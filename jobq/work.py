@@ -26,6 +26,7 @@ from jobq.errors import Interrupted, PayloadError, Skip, TimeLimitExceeded
 from jobq.failure import JsonForm, failure_of, refusal, safe_text
 from jobq.locks import inside, join, joined
 from jobq.outbox import DONE, FAILED, FILTERED, ManyRoutes, NoTaker, OneRoute, Outbox, Packer, Piece, Tally
+from jobq.shapes import shape_of
 from jobq.shared import Proxy
 from jobq.stage import Job, Resource, Shard, Stage
 from jobq.validation import Router, Validator
@@ -42,6 +43,7 @@ from jobq.wire import (
     PackedScalars,
     Part,
     PickleCodec,
+    ShapedCodec,
     Undecodable,
 )
 
@@ -245,7 +247,12 @@ def read_giving(recipe: StageRecipe, codec: Codec) -> Giving:
     if recipe.addressing:
         return _giving_as_addressed(codec, routes)
     codecs: list[Codec | None] = [
-        None if use.kind == "count" else JsonCodec(where) if use.kind == "json" else codec for use in routes
+        None
+        if use.kind == "count"
+        else JsonCodec(where)
+        if use.kind == "json"
+        else shaped(codec, recipe, route)
+        for route, use in enumerate(routes)
     ]
     if len(signature.outputs) == 1 and not routes[0].keys:
         chosen = codecs[0]
@@ -272,6 +279,17 @@ def read_giving(recipe: StageRecipe, codec: Codec) -> Giving:
         return Piece(route, None if encoder is None else encoder(item), keys)
 
     return Giving(ManyRoutes(tuple(codecs)), encode_routed)
+
+
+def shaped(codec: Codec, recipe: StageRecipe, route: int) -> Codec:
+    """Return the codec for the items of a route: its own where they have one class that has a shape."""
+    declared = [
+        output
+        for output, its in zip(recipe.signature.outputs, recipe.member_routes, strict=True)
+        if its == route
+    ]
+    shape = None if codec.by_reference or len(declared) != 1 else shape_of(declared[0])
+    return codec if shape is None else ShapedCodec(shape)
 
 
 def _giving_as_addressed(codec: Codec, routes: Sequence[RouteUse]) -> Giving:
@@ -512,9 +530,7 @@ class Serial:
         self._chunk = order
         self._caller.prepare()
         tally = self._outbox.begin(order.number, alone=order.count == 1 and not self._recipe.signature.many)
-        if not may_begin(
-            self._page, order.number
-        ):  # taken back whole: its sockets are another's now
+        if not may_begin(self._page, order.number):  # taken back whole: its sockets are another's now
             self._outbox.flush(final=True)
             return
         items, bad = self._intake.open(order)
