@@ -40,9 +40,11 @@ HINT = 1
 STOPPING = 2
 #: Word 3, the worker's: the number of the chunk whose items are being decoded (user code may run), or IDLE.
 DECODING = 3
-#: From word 4 on, two for each lane, the worker's: the ticket in hand or IDLE, and when it began
+#: Word 4, the worker's: where the claim ends that begins with the ticket in hand (`jobq.claims`), or IDLE.
+CLAIMED = 4
+#: From word 5 on, two for each lane, the worker's: the ticket in hand or IDLE, and when it began
 #: (`time.monotonic_ns`; only where the stage has a time limit).
-LANES = 4
+LANES = 5
 
 #: Ticket in hand: nothing.
 IDLE = -1
@@ -67,6 +69,7 @@ def blank_page(page: Page) -> None:
     page[HINT] = 1
     page[STOPPING] = 0
     page[DECODING] = IDLE
+    page[CLAIMED] = IDLE
     for word in range(LANES, len(page), 2):
         page[word] = IDLE
         page[word + 1] = 0

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from jobq.claims import Claims
 from jobq.wire import Answer, Block, Codec, Counted, Failure, Output, Totals
 
 #: How often the flusher looks, in seconds: "a few milliseconds".
@@ -213,7 +214,8 @@ class Outbox:
         self._lock = threading.Lock()
         self._counters = Counters(emitted=[0] * routes)
         self.tally: Tally | None = None
-        self.flusher = Flusher(self.flush) if flusher else None
+        self.claims: Claims | None = None
+        self.flusher = Flusher(self._look) if flusher else None
 
     def begin(self, number: int, *, alone: bool = False) -> Tally:
         """Start the tally of an order; with *alone* nothing can wait behind anything in it."""
@@ -221,6 +223,12 @@ class Outbox:
         if self.flusher is not None and not alone:
             self.flusher.arm()
         return tally
+
+    def _look(self) -> bool:
+        """Send what is finished and give back what is claimed and waits; return whether anything was sent."""
+        if self.claims is not None:
+            self.claims.narrow()
+        return self.flush()
 
     def flush(self, *, final: bool = False, ended: bool = False) -> bool:
         """Send what has not been sent yet, if there is anything; return whether there was."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from jobq.backend import DECODING, IDLE, LANES, LIMIT, NO_LIMIT, STOPPING, Backend, Waitable, Worker
+from jobq.backend import CLAIMED, DECODING, IDLE, LANES, LIMIT, NO_LIMIT, STOPPING, Backend, Waitable, Worker
 from jobq.wire import Totals
 
 if TYPE_CHECKING:
@@ -46,8 +46,12 @@ class Member:
         return self.pool.line.loads.get(self.worker.name, 0)
 
     def tickets(self) -> list[int]:
-        """Return the tickets of the jobs in hand."""
+        """Return the tickets of the jobs in hand, or that may be."""
         page = self.worker.page
+        while (claimed := page[CLAIMED]) != IDLE:
+            first = page[LANES]
+            if page[CLAIMED] == claimed:  # else the worker has gone on between the two
+                return list(range(first, claimed))
         return [ticket for ticket in (page[word] for word in range(LANES, len(page), 2)) if ticket != IDLE]
 
     def ages(self, now: int) -> list[tuple[int, int]]:

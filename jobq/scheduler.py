@@ -799,7 +799,8 @@ class Scheduler:
 
         *in_hand* are the tickets that its page shows, *decoding* the number of the chunk whose items it was
         decoding. A single job (or batch) in hand is charged with the delivery, and is a dead letter past
-        ``max_deliveries``. Where several can have done it, each is tried again alone, uncharged.
+        ``max_deliveries``. Where several can have done it, each is tried again alone: uncharged if all had
+        begun, else charged as if it had been in hand, which ends when it is done.
         """
         flights = line.flights.pop(worker, {})
         line.sent.pop(worker, None)
@@ -816,7 +817,8 @@ class Scheduler:
             open_ranges, flight.open = flight.open, []
             self._landed(line, worker, flight, open_ranges)
             suspected = suspects[number]
-            line.books.redelivered += len(suspected)
+            claimed = several and line.each == 1 and decoding is None
+            line.books.redelivered += min(1, len(suspected)) if claimed else len(suspected)
             if line.batch is not None:
                 back += self._batch_lost(line, worker, flight.parts(open_ranges), suspected, several, reason)
                 continue
@@ -825,7 +827,11 @@ class Scheduler:
                 self.put_back(line, flight.parts(clean))
                 back += sum(b - a for a, b in clean)
             if several:
-                self.put_back(line, [flight.job(index) for index in suspected], solo=True)
+                alone = [flight.job(index) for index in suspected]
+                if claimed:
+                    most = line.node.stage.consumer.max_deliveries
+                    alone = [replace(part, delivery=min(part.delivery + 1, most)) for part in alone]
+                self.put_back(line, alone, solo=True)
                 back += len(suspected)
             elif suspected:
                 back += self._charge(line, worker, flight.job(suspected[0]), reason, decoding)
