@@ -669,7 +669,7 @@ class Driver:
             return
         before = line.ready
         for member in pool.members:
-            if member.recalled or not member.ready or member.load <= lanes:
+            if not member.ready or member.load <= lanes or not member.has_more_to_give_back:
                 continue
             self._checks[name] = now + SLOW_SECONDS
             begun = max(member.tickets(), default=-1)

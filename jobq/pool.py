@@ -65,6 +65,11 @@ class Member:
         number = self.worker.page[DECODING]
         return None if number == IDLE else number
 
+    @property
+    def has_more_to_give_back(self) -> bool:
+        """Whether jobs may be taken back besides those that were: a claim may become narrower later."""
+        return not self.recalled or self.worker.page[CLAIMED] != IDLE
+
     def stop_beginning(self) -> int:
         """Keep the worker from beginning more jobs; return the first ticket that it will not begin."""
         page = self.worker.page

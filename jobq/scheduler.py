@@ -829,8 +829,7 @@ class Scheduler:
             if several:
                 alone = [flight.job(index) for index in suspected]
                 if claimed:
-                    most = line.node.stage.consumer.max_deliveries
-                    alone = [replace(part, delivery=min(part.delivery + 1, most)) for part in alone]
+                    alone = [replace(part, delivery=part.delivery + 1) for part in alone]
                 self.put_back(line, alone, solo=True)
                 back += len(suspected)
             elif suspected:

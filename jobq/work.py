@@ -548,8 +548,9 @@ class Serial:
         if self._recipe.signature.batched:
             self._batch(order, items, bad, tally)
         elif self._plain and not bad:
-            if self._pace < QUICK_SECONDS and order.count > 1 and self._outbox.claims is not None:
-                self._quick(order.number, items, tally, self._outbox.claims)
+            claims = self._outbox.claims
+            if claims is not None and self._pace < QUICK_SECONDS and is_first_try(order):
+                self._quick(order.number, items, tally, claims)
             else:
                 self._fast(order.number, items, tally)
             self._pace = (time.monotonic() - tally.began) / order.count
@@ -762,6 +763,11 @@ class Serial:
         finally:
             self._awaiter.close()
             self._outbox.close()
+
+
+def is_first_try(chunk: Chunk) -> bool:
+    """Whether no job of several has been in hand when a worker died: which one it was is then to be known."""
+    return chunk.count > 1 and all(part.delivery == 1 for part in chunk.parts)
 
 
 def places(chunk: Chunk) -> Iterator[tuple[Part, int]]:
