@@ -493,8 +493,13 @@ def snapshot() -> dict[str, list[str]]:
         "descriptors": _descriptors(),
         "threads": [thread.name for thread in threading.enumerate()],
         "processes": _children(),
-        "shared memory": sorted(path.name for path in Path("/dev/shm").glob("*")),
+        "shared memory": sorted(path.name for path in Path("/dev/shm").glob("*") if _is_pythons(path.name)),
     }
+
+
+def _is_pythons(name: str) -> bool:
+    """Whether a name in /dev/shm is one that `multiprocessing` gives: what other programs leave is theirs."""
+    return name.startswith(("psm_", "sem.mp-"))
 
 
 def left_since(before: dict[str, list[str]], seconds: float = 2.0) -> dict[str, list[str]]:
