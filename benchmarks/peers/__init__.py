@@ -1,0 +1,1 @@
+"""Who is measured: a short file each, written as its own documentation advises."""
