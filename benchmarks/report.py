@@ -97,7 +97,7 @@ def _table(workload: Workload, measured: dict[str, Any]) -> Iterator[str]:
         if not values:
             yield f"| {name} | {problem} | | | | | |"
             continue
-        cpu = median(row[name]["cpu"] / row[name]["count"] for row in rounds if "cpu" in row[name]) * 1e6
+        cpu = median(row[name]["cpu"] / row[name]["count"] for row in rounds if "value" in row[name]) * 1e6
         compared = f"{median(ratios):.3g} | {min(ratios):.3g} to {max(ratios):.3g}" if ratios else " | "
         spread = f"{_short(median(values))} | {_short(min(values))} to {_short(max(values))}"
         yield f"| {name} {problem} | {measured['counts'][name]:,} | {spread} | {compared} | {cpu:,.2f} |"
@@ -160,6 +160,7 @@ def _bars(axis: Any, workload: Workload, rounds: list[Round]) -> None:
             va="center",
             fontsize=8,
             clip_on=False,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.6},
         )
     low, high = axis.get_xlim()
     top = max([*heights, goal if goal == goal else 0.0])
@@ -237,6 +238,9 @@ def _draw_curve(curve: Any, measured: dict[str, Any], folder: Path) -> None:
         )
     if curve.logarithmic:
         axis.set_xscale("log")
+    if max(across) < 1_000:
+        axis.set_xticks(across, [str(at) for at in across])
+        axis.minorticks_off()
     axis.set_yscale("log")
     axis.set_xlabel(curve.across)
     axis.set_title(curve.title, loc="left", fontweight="bold")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import select
 import signal
@@ -46,7 +47,7 @@ def measured(workload: Workload, contestant: str, count: int, chunk: int = 0) ->
         process = subprocess.Popen(
             argv,
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"},  # no threads before a fork
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -57,7 +58,7 @@ def measured(workload: Workload, contestant: str, count: int, chunk: int = 0) ->
         signal.signal(signal.SIGALRM, lambda *_: os.killpg(process.pid, signal.SIGKILL))
         signal.setitimer(signal.ITIMER_REAL, PATIENCE)
         first = process.stdout.readline()
-        watched = watch(process) if workload.name == "W8" and first == "begin\n" else {}
+        watched = watch(process) if workload.watched and first == "begin\n" else {}
         # not up to the end: a process that a contestant has left behind may keep it open
         answer = next((line for line in chain([first], process.stdout) if line.startswith("{")), "")
         status = process.wait()
@@ -70,7 +71,8 @@ def measured(workload: Workload, contestant: str, count: int, chunk: int = 0) ->
     if status == -signal.SIGKILL:
         return {"failed": f"not done after {PATIENCE:.0f} s"}
     try:
-        return {**json.loads(answer), **watched}
+        found: dict[str, Any] = json.loads(answer)
+        return {**found, **watched} if "value" in found else found
     except ValueError:
         return {"failed": said[-1] if said else f"exit status {status}"}
 
@@ -120,16 +122,18 @@ def watch(process: subprocess.Popen[str]) -> dict[str, Any]:
 
 
 def sized(workload: Workload, contestant: str, seconds: float) -> int:
-    """Return how many items take about *seconds*; as few as in the quick mode if even these take longer."""
-    count = workload.quick
-    if not workload.sized:
+    """Return how many items take about *seconds*, starting and ending the workers left aside."""
+    if not workload.sized or (workload.watched and contestant.startswith("jobq")):
         return workload.most
-    while count < workload.most:
-        took = measured(workload, contestant, count).get("seconds")
-        if took is None or took > seconds / 2:
-            break
-        # start and end are in it, so a small count says little: at most twenty times as many the next time
-        count = min(workload.most, int(count * min(20, seconds / took)))
+    count = workload.quick
+    took = measured(workload, contestant, count).get("seconds", math.inf)
+    while count < workload.most and took < seconds * 4:
+        more = min(workload.most, count * 8)
+        longer = measured(workload, contestant, more).get("seconds", math.inf)
+        each = (longer - took) / (more - count)
+        count, took = more, longer
+        if each * count > seconds / 2:  # no more is the start most of it: now this is what an item takes
+            return min(workload.most, max(workload.quick, int(seconds / each)))
     return count
 
 

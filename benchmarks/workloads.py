@@ -333,7 +333,8 @@ class Workload:
 
     ``goal`` is jobq's: a bound of the value itself, or (``goal_of="raw"``) of its ratio to ``raw-joinable``.
     ``quick`` items in the quick mode; else as many as take the time asked for (``times`` as much), and at
-    most ``most``; just these if not ``sized``.
+    most ``most``; just these if not ``sized``. ``watched``: it is about memory over ``most`` items, so jobq gets
+    all of them, however long it takes.
     """
 
     name: str
@@ -349,6 +350,7 @@ class Workload:
     better: Literal["more", "less"] = "more"
     sized: bool = True
     times: float = 1.0
+    watched: bool = False
     results: bool = True
 
     def load(self, count: int, chunk: int = 0) -> Load:
@@ -457,6 +459,7 @@ def _workloads() -> Iterator[Workload]:
         quick=100_000,
         most=10_000_000,
         times=5,
+        watched=True,
         results=False,
     )
     for kind, waits in (("threads", wait), ("async", wait_async)):
