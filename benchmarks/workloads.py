@@ -333,8 +333,8 @@ class Workload:
 
     ``goal`` is jobq's: a bound of the value itself, or (``goal_of="raw"``) of its ratio to ``raw-joinable``.
     ``quick`` items in the quick mode; else as many as take the time asked for (``times`` as much), and at
-    most ``most``; just these if not ``sized``. ``watched``: it is about memory over ``most`` items, so jobq gets
-    all of them, however long it takes.
+    most ``most``; just these if not ``sized``. ``watched``: it is about memory over ``most`` items, so jobq
+    gets all of them, however long it takes.
     """
 
     name: str
