@@ -31,7 +31,7 @@ SLOTS, SLOT = 4, 8 << 20
 class Limit(Contestant):
     """A caller and, forked from it, a worker."""
 
-    chunks = MappingProxyType({"W1": 16_384, "W2": 512, "W6": 16_384, "W8": 16_384})
+    chunks = MappingProxyType({"W1": 16_384, "W2": 128, "W6": 16_384, "W8": 16_384})
 
     def run(self, load: Load) -> list[Any] | int:
         """Choose the program that is best for *load*."""
@@ -42,14 +42,14 @@ class Limit(Contestant):
         return self._batches(load)
 
     def _batches(self, load: Load) -> list[Any] | int:
-        """Send pickled lists; two ahead of the answers."""
+        """Send pickled lists; two ahead of the answers if these fit into the pipe, lest both ends wait."""
         results: list[Any] = []
         done = 0
         items, chunk = load.items(load.count), self.chunk(load)
         with forked(do_batches, load.work, load.results) as pipe:
-            ahead = 0
+            ahead, most = 0, 2 if not load.results or chunk <= 128 else 1
             while True:
-                while ahead < 2 and (batch := list(islice(items, chunk))):
+                while ahead < most and (batch := list(islice(items, chunk))):
                     pipe.send_bytes(pickle.dumps(batch, -1))
                     ahead += 1
                 if not ahead:

@@ -14,7 +14,7 @@ from benchmarks.contestant import Cannot, Contestant, Load, Work
 class PoolOfTwo(Contestant):
     """A pool for each call. All outputs come back, wanted or not; they are counted."""
 
-    chunks = MappingProxyType({"W1": 8192, "W2": 256, "W6": 8192, "W8": 8192})
+    chunks = MappingProxyType({"W1": 8192, "W2": 1024, "W6": 8192, "W8": 8192})
 
     def run(self, load: Load) -> list[Any] | int:
         """Map, unordered."""
