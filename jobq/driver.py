@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from jobq import events
+from jobq import events, faults
 from jobq.backend import HINT, Backend, Waitable, Worker
 from jobq.errors import BackendUnavailable, BrokenChannel, EndOfChannel
 from jobq.pool import CRASH_LIMIT, SLOW_SECONDS, Member, Pool
@@ -405,6 +405,8 @@ class Driver:
         self._report_happenings()
         self._pass_results()
         self._tell_fates()
+        if faults.armed:
+            faults.reach("after_results")
 
     def _tell_fates(self) -> None:
         settled = self.scheduler.lineage.settled
@@ -528,6 +530,8 @@ class Driver:
         """Start workers in the place of those that died; where the system refuses, try again in a while."""
         try:
             while pool.missing:
+                if faults.armed:
+                    faults.reach("respawn")
                 pool.replace(pool.missing[-1])
                 pool.missing.pop()
             pool.retry_at = None

@@ -246,12 +246,13 @@ class Outbox:
             self._send(Answer(tally.number, False, outputs=outputs, totals=self._counters.totals()))
 
     def _answer(self, tally: Tally, high: int, final: bool, ended: bool) -> Answer:
-        low, tally.sent = tally.sent, high
+        low = tally.sent
         try:
             settled, filtered, outputs = self._pack(tally, low, high)
         except BaseException:  # a piece that is an item, and neither a scalar nor picklable
             self._take_out_unfit(tally, low, high)
             settled, filtered, outputs = self._pack(tally, low, high)
+        tally.sent = high  # only now: what could not be packed (no memory) is tried again at the chunk's end
         # A failure may have been written down just before its place among the outcomes: next time then.
         failures = tuple(
             failure for failure in tally.failures if failure.index < high and failure.index not in tally.told

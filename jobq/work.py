@@ -20,6 +20,7 @@ from itertools import islice
 from operator import is_not
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from jobq import faults
 from jobq.annotations import Signature, read_signature, spell
 from jobq.backend import DECODING, HINT, IDLE, LANES, LIMIT, STOPPING, Port, Work
 from jobq.errors import Interrupted, PayloadError, Skip, TimeLimitExceeded
@@ -143,6 +144,9 @@ class StageRecipe:
             from jobq.observe.log import configure
 
             configure(self.log)
+        if faults.armed:
+            faults.become("producer" if self.stage.kind == "producer" else "worker")
+            faults.reach("started")
         if not self.place:
             return self._open(port)
         join(self.place)
@@ -333,7 +337,7 @@ class Caller:
             function = partial(function, **fixed)
         if signature.item is not None and not signature.item_first:
             function = _by_name(function, signature.item)
-        self.function = function
+        self.function = faults.around(function) if faults.armed else function
 
     def job(self, part: Part | None, index: int, offset: int) -> dict[str, Job]:
         """Return the `Job` arguments for one call."""
