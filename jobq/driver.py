@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from jobq import events, faults
 from jobq.backend import HINT, Backend, Waitable, Worker
-from jobq.errors import BackendUnavailable, BrokenChannel, EndOfChannel
+from jobq.errors import BackendUnavailable, BrokenChannel, EndOfChannel, SpoiltChannel
 from jobq.pool import CRASH_LIMIT, SLOW_SECONDS, Member, Pool
 from jobq.report import EdgeCounts, StageCounts
 from jobq.scheduler import CHUNK_JOBS, Dead, Line, Retried, Scheduler
@@ -378,7 +378,7 @@ class Driver:
         except EndOfChannel:
             self._ended(member)
         except BrokenChannel as broken:
-            self._lost(member, str(broken))
+            self._lost(member, str(broken), spoilt=isinstance(broken, SpoiltChannel))
 
     def _settle(self, line: Line, member: Member, answer: Answer) -> None:
         scheduler, now, target = self.scheduler, time.monotonic(), line.target
@@ -468,9 +468,11 @@ class Driver:
                 self.ending.interrupted = True  # it was stopped at a yield: it may have had more to give
             self.scheduler.end_producer(line, member.worker.name)
 
-    def _lost(self, member: Member, reason: str) -> None:
+    def _lost(self, member: Member, reason: str, *, spoilt: bool = False) -> None:
         pool, line, name = member.pool, member.pool.line, member.worker.name
         tickets, decoding = (member.tickets(), member.decoding()) if member.ready else ([], None)
+        if spoilt:  # perhaps by a job that has ended, and whose answer came too late
+            decoding = min(line.flights.get(name, ()), default=None)
         in_hand = [
             flight.job(ticket - number)
             for number, flight in line.flights.get(name, {}).items()

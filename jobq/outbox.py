@@ -8,8 +8,10 @@ there, so that a job that takes long does not keep back what was done before it.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+import weakref
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -139,6 +141,30 @@ class Tally:
     told: set[int] = field(default_factory=set)  # indices of the failures that have left
 
 
+class Forkable(Protocol):
+    """Something with a lock that another thread may hold when a job forks."""
+
+    def renew(self) -> None:
+        """Be usable in a copy of the process, which has one thread."""
+        ...
+
+
+_forkable: weakref.WeakSet[Forkable] = weakref.WeakSet()
+
+
+def survive_forks(one: Forkable) -> None:
+    """Have *one* renewed in copies of this process: a job may fork, and come back to us twice."""
+    _forkable.add(one)
+
+
+def _renew_all() -> None:
+    for one in list(_forkable):
+        one.renew()
+
+
+os.register_at_fork(after_in_child=_renew_all)
+
+
 class Flusher:
     """A thread that calls *flush* every few milliseconds while orders are being worked on."""
 
@@ -157,8 +183,9 @@ class Flusher:
             return
         self._armed.set()
         if self._thread is None:
-            self._thread = threading.Thread(target=self._loop, name="jobq-flusher", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._loop, name="jobq-flusher", daemon=True)
+            thread.start()
+            self._thread = thread  # not before: `close` would wait for one that could not be started
 
     def _loop(self) -> None:
         idle = 0
@@ -173,6 +200,12 @@ class Flusher:
                 self._armed.clear()
                 if self._ended or self._flush():  # something came in between
                     self._armed.set()
+
+    def renew(self) -> None:
+        """Have nothing to do any more: the thread is not there."""
+        self._armed = threading.Event()
+        self._armed.set()
+        self._thread = None
 
     def close(self) -> None:
         """End the thread and wait for its end."""
@@ -209,6 +242,13 @@ class Outbox:
         self._counters = Counters(emitted=[0] * routes)
         self.tally: Tally | None = None
         self.flusher = Flusher(self.flush) if flusher else None
+        survive_forks(self)
+
+    def renew(self) -> None:
+        """Be usable in a copy of the process, whose only thread is the one that forked."""
+        self._lock = threading.Lock()
+        if self.flusher is not None:
+            self.flusher.renew()
 
     def begin(self, number: int, *, alone: bool = False) -> Tally:
         """Start the tally of an order; with *alone* nothing can wait behind anything in it."""

@@ -19,11 +19,12 @@ from typing import ClassVar, Protocol
 
 from jobq import faults
 from jobq.backend import Plan, Waitable, blank_page, page_words
+from jobq.backends import child
 from jobq.backends.channel import Incoming, Outgoing, SharedPage, close, make_page_file, widen
 from jobq.backends.launcher import Launcher
 from jobq.backends.memory import OutOfMemory, events_file
 from jobq.backends.nursery import Nursery, NurseryLost, threads_run
-from jobq.errors import BackendUnavailable, BrokenChannel, EndOfChannel
+from jobq.errors import BackendUnavailable, BrokenChannel, EndOfChannel, SpoiltChannel
 from jobq.wire import MAGIC, PREFIX, Answer, Bye, Codec, Hello, Order, PickleCodec, Said, unpack
 
 START_METHODS = ("auto", "fork", "forkserver", "spawn")
@@ -225,7 +226,9 @@ class ProcessWorker:
         self._raised = True
         self._inbox.abandon()
         if self._problem is not None:
-            raise BrokenChannel(self._problem)
+            raise SpoiltChannel(self._problem)
+        if how == child.describe_exit(child.CHANNEL_GONE):
+            raise SpoiltChannel(how)
         if self._bye is None:
             raise BrokenChannel(how + self._describe_moment(how))
         if self._bye.problem is not None:
