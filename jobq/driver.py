@@ -69,10 +69,15 @@ class Ending:
 
 @dataclass(slots=True)
 class Cancelled:
-    """Jobs that never came to their end, to be made letters of at leisure."""
+    """
+    Jobs that never came to their end, to be made letters of at leisure.
+
+    Those numbered in ``unloadable`` are left pickled: a worker was stopped while it loaded them.
+    """
 
     stage: str
     parts: list[Part] = field(default_factory=list)
+    unloadable: set[int] = field(default_factory=set)
 
 
 class Desk(Protocol):
@@ -123,6 +128,7 @@ class Driver:
         self.sink = sink
         self.ending = Ending()
         self.cancelled: list[Cancelled] = []
+        self._unloadable: dict[str, set[int]] = {}
         self._backend = backend
         self._tell = tell
         self._letter = letter
@@ -479,7 +485,7 @@ class Driver:
             for ticket in tickets
             if 0 <= ticket - number < flight.chunk.count
         ]
-        numbers = tuple(part.first for part in in_hand)
+        jobs = tuple(part.first for part in in_hand)
         limit = 0 if line.is_producer else line.node.stage.consumer.max_deliveries
         deliveries = (in_hand[0].delivery + 1, limit) if len(in_hand) == 1 else ()
         self._forget(member)
@@ -492,12 +498,16 @@ class Driver:
             self.scheduler.overran(line, name, member.overdue, seconds, time.monotonic())
             back = self.scheduler.lost(line, name, (), None, reason, time.monotonic())
         elif stopped:  # by us: nobody is to blame
+            if decoding in line.flights.get(name, {}):
+                parts = line.flights[name][decoding].chunk.parts
+                numbers = {part.first + i for part in parts for i in range(part.block.count)}
+                self._unloadable.setdefault(line.name, set()).update(numbers)
             self.scheduler.lost(line, name, (), None, reason, time.monotonic())
         else:
             back = self.scheduler.lost(line, name, tickets, decoding, reason, time.monotonic())
         if not stopped:
             self._tell(
-                events.WorkerLostEvent(line.name, name, member.worker.pid, reason, numbers, back, *deliveries)
+                events.WorkerLostEvent(line.name, name, member.worker.pid, reason, jobs, back, *deliveries)
             )
         self._report_happenings()
         self._pass_results()
@@ -697,7 +707,7 @@ class Driver:
                 continue
             ages = member.ages(now)
             member.overdue = {ticket for ticket, age in ages if age >= limit}
-            if member.overdue:
+            if member.overdue or member.loads_since(now) + limit <= now:
                 member.worker.kill()
             soonest = min([soonest, *(limit - age for _, age in ages if age < limit)])
         busy = any(member.load for member in pool.members)
@@ -853,7 +863,7 @@ class Driver:
                 parts = self.scheduler.cancel(line)
                 if parts:
                     self.ending.interrupted = True
-                    self.cancelled.append(Cancelled(line.name, parts))
+                    self.cancelled.append(Cancelled(line.name, parts, self._unloadable.get(line.name, set())))
         self._tell_fates()
 
     def _watch_sink(self) -> None:

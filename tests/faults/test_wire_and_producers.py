@@ -16,7 +16,7 @@ import pytest
 import jobq as package
 from jobq import Pipeline
 from tests.faults.command import PREAMBLE, Ended, jobq
-from tests.faults.rows import fault, proves
+from tests.faults.rows import fault, out_of_reach, proves
 from tests.test_run import PROCESSES
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_leaks")]
@@ -1035,3 +1035,233 @@ def settled() -> bool:
     assert sorted(ended.results) == list(range(len(ended.results)))
     assert given - 1 <= len(ended.results) <= given
     assert ended.code == 130
+
+
+# --- faults that came up while these were shown --------------------------------------------------
+
+
+HANGS_WHEN_LOADED = """
+def hang():
+    note("loads")
+    time.sleep(1000)
+
+class Slow:
+    def __reduce__(self):
+        return hang, ()
+
+@pipeline.producer
+def things() -> Iterator[object]:
+    yield from (1, Slow(), 3)
+"""
+
+
+@fault(
+    "B31",
+    "loading an item takes for ever",
+    items="with a `timeout`, again, alone; dead after `max_deliveries`. Else it is waited for, as for a job",
+    sees="`item 1 of stage take killed its worker 2 times and is given up`",
+    exit=1,
+)
+def test_a_time_limit_holds_for_loading_too(backend: str, tmp_path: Path) -> None:
+    text = f"""{HANGS_WHEN_LOADED}
+@pipeline.consumer(timeout=0.3, max_deliveries=2)
+def take(thing: object) -> object:
+    return thing
+"""
+    ended = jobq(tmp_path, text, "-b", backend)
+
+    assert "item 1 of stage take killed its worker 2 times and is given up" in ended.said
+    assert sorted(ended.results) == [1, 3]
+    assert ["item_pickle" in letter for letter in ended.dead] == [True]
+    assert ended.code == 1
+
+
+@proves("B31")
+def test_what_a_stopped_worker_was_loading_is_loaded_by_nobody_else(tmp_path: Path) -> None:
+    text = f"""{HANGS_WHEN_LOADED}
+    until(lambda: noted() == ["loads"])
+    os.kill(DRIVER, signal.SIGTERM)
+
+DRIVER = os.getpid()
+
+@pipeline.consumer
+def take(thing: object) -> object:
+    return thing
+"""
+    ended = jobq(tmp_path, text, "--shutdown-timeout", "0.2")
+
+    assert ended.notes == ["loads"]
+    assert ended.code == 143
+    assert {letter["status"] for letter in ended.dead} == {"cancelled"}
+    assert any("item_pickle" in letter for letter in ended.dead)
+
+
+@fault(
+    "B32",
+    "an answer can't be written: no memory for it",
+    items="again",
+    sees="the traceback, and `worker 1 of stage first (pid 4711) exited with code 1 in the middle of"
+    " its work`",
+    exit=0,
+)
+def test_a_worker_that_cant_answer_ends_and_its_jobs_run_again(backend: str, tmp_path: Path) -> None:
+    ended = jobq(tmp_path, TWO_STAGES, "-b", backend, JOBQ_FAULT="worker.before_frame:6=ENOMEM@passings")
+
+    assert "Cannot allocate memory" in ended.said
+    assert "exited with code 1 in the middle of its work" in ended.said
+    assert sorted(ended.results) == entered(ended) == list(range(20))
+    assert ended.code == 0
+
+
+@fault(
+    "B33",
+    "an item is not of the type that its taker declares",
+    items="dead, never retried",
+    sees="`item 1 failed in stage take: PayloadError: take() takes Page: …`, with the field",
+    exit=1,
+)
+def test_an_item_of_the_wrong_type_is_named_with_its_field(tmp_path: Path) -> None:
+    text = """
+from dataclasses import dataclass
+
+@dataclass
+class Page:
+    url: str
+    size: int
+
+@pipeline.producer
+def pages() -> Iterator[Page]:
+    yield Page("a", 1)
+    yield Page("b", "large")
+    yield Page("c", 3)
+
+@pipeline.consumer(max_retries=5)
+def take(page: Page) -> str:
+    note(page.url)
+    return page.url
+"""
+    ended = jobq(tmp_path, text)
+
+    assert "item 1 failed in stage take: PayloadError: take() takes Page: " in ended.said
+    assert "size" in ended.dead[0]["message"]
+    assert sorted(ended.results) == sorted(ended.notes) == ["a", "c"]
+    assert ended.code == 1
+
+
+@fault(
+    "B34",
+    "a line of `--input` is no JSON, cut off, or not of the type",
+    items="dead, with the number of the line; all others done",
+    sees="`PayloadError: input.jsonl, line 2: Invalid JSON: …`",
+    exit=1,
+)
+def test_a_bad_line_of_input_is_named_by_its_number(tmp_path: Path) -> None:
+    (tmp_path / "input.jsonl").write_bytes(b'1\n{"cut": \n\n"text"\n\xff\xfe\n5')
+    text = """
+@pipeline.consumer
+def take(i: int) -> int:
+    return i
+"""
+    ended = jobq(tmp_path, text, "--input", "input.jsonl")
+
+    assert sorted(ended.results) == [1, 5]
+    assert [number for number in range(1, 7) if f"input.jsonl, line {number}: " in ended.said] == [2, 4, 5]
+    assert len(ended.dead) == 3
+    assert ended.code == 1
+
+
+@fault(
+    "B35",
+    "a result has no JSON form, or never ends, and is to be written",
+    items="the job that gave it is dead",
+    sees="`PayloadError: a result of take() has no JSON form: …`",
+    exit=1,
+)
+def test_a_result_without_a_json_form_is_a_dead_letter(tmp_path: Path) -> None:
+    text = """
+import itertools
+
+@pipeline.producer
+def numbers() -> Iterator[int]:
+    yield from range(3)
+
+@pipeline.consumer
+def take(i: int) -> object:
+    return (i, object(), itertools.count())[i]
+"""
+    ended = jobq(tmp_path, text)
+
+    assert ended.said.count("failed in stage take: PayloadError: a result of take() has no JSON form: ") == 2
+    assert ended.results == [0]
+    assert sorted(letter["item"] for letter in ended.dead) == [1, 2]
+    assert ended.code == 1
+
+
+@fault(
+    "B36",
+    "`key` raises, or gives something that is no text",
+    items="dead at the stage that has the key; the stage that gave it is done",
+    sees="`item 1 failed in stage take: PayloadError: … key raised KeyError: 'url'`",
+    exit=1,
+)
+def test_a_key_that_cant_be_had_is_a_dead_letter_of_its_stage(tmp_path: Path) -> None:
+    text = """
+@pipeline.producer
+def pages() -> Iterator[dict[str, Any]]:
+    yield from ({"url": "a"}, {}, {"url": 3}, {"url": "b"})
+
+@pipeline.consumer(key=lambda page: page["url"])
+def take(page: dict[str, Any]) -> Any:
+    return page["url"]
+"""
+    ended = jobq(tmp_path, text)
+
+    assert "key raised KeyError: 'url'" in ended.said
+    assert "key gave a int, not a str" in ended.said
+    assert sorted(ended.results) == ["a", "b"]
+    assert {letter["stage"] for letter in ended.dead} == {"take"}
+    assert ended.code == 1
+
+
+@fault(
+    "B37",
+    "a job that wrote into its channel has ended before that is seen",
+    items="again: all that its worker had not answered, each alone, so that the right one is charged",
+    sees="`item 5 of stage take killed its worker 3 times and is given up`",
+    exit=1,
+)
+def test_a_job_that_always_spoils_its_channel_is_the_one_that_is_given_up(
+    backend: str, tmp_path: Path
+) -> None:
+    text = """
+@pipeline.producer
+def numbers() -> Iterator[int]:
+    yield from range(40)
+
+@pipeline.consumer(workers=2)
+def take(i: int) -> int:
+    if i == 5:
+        for fd in range(3, 64):
+            try:
+                if os.readlink(f"/proc/self/fd/{fd}").startswith("pipe:"):
+                    os.write(fd, b"print goes here")
+            except OSError:
+                pass  # it is for reading, or not there
+    return i
+"""
+    ended = jobq(tmp_path, text, "-b", backend)
+
+    assert "item 5 of stage take killed its worker 3 times and is given up" in ended.said
+    assert sorted(ended.results) == [i for i in range(40) if i != 5]
+    assert [letter["item"] for letter in ended.dead] == [5]
+    assert ended.code == 1
+
+
+out_of_reach(
+    "B38",
+    "an item that kills whoever loads it still waits, unseen, when the run is stopped",
+    items="cancelled, like all that wait",
+    sees="the command may be killed while it writes the letters",
+    why="a letter holds its item in JSON where it has that form, and to see that, the item is loaded; in the"
+    " calling process, when every worker is gone. Only what a worker was loading is left pickled (B31).",
+)
