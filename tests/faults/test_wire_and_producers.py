@@ -458,11 +458,11 @@ def weigh(blob: bytes) -> tuple[int, int]:
     [
         (
             "multiprocessing.Lock()",
-            "jobq.Lock, jobq.Semaphore and @pipeline.resource(scope='run') are shared",
+            "jobq.Lock, jobq.Semaphore and @pipeline.resource(scope='run') can be shared",
         ),
         (
             "multiprocessing.Queue()",
-            "jobq.Lock, jobq.Semaphore and @pipeline.resource(scope='run') are shared",
+            "jobq.Lock, jobq.Semaphore and @pipeline.resource(scope='run') can be shared",
         ),
         (
             "open(os.devnull)",
