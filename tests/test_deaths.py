@@ -68,6 +68,13 @@ class DiesOnce:
         return str, ("survived",)
 
 
+class DeadlyToLoad:
+    """Kills whoever loads it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return die, ()
+
+
 # --- the three instants --------------------------------------------------------------------------
 
 

@@ -166,6 +166,11 @@ class Unpicklable:
         raise self.error("not me")
 
 
+class Unloadable:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return int, ("not a number",)
+
+
 class Named(Protocol):
     name: str
 
