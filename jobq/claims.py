@@ -40,6 +40,10 @@ class Claims:
         self._first = 0
         self._seen: list[Any] | None = None
 
+    def renew(self) -> None:
+        """Be usable in a copy of the process, whose only thread is the one that forked."""
+        self._lock = threading.Lock()
+
     def begin(self, items: list[Any], first: int) -> Left:
         """Claim the jobs of *items*, tickets *first* and on; return what yields those that may begin."""
         with self._lock:

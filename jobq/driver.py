@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from jobq import events
+from jobq import events, faults
 from jobq.backend import HINT, Backend, Waitable, Worker
-from jobq.errors import BackendUnavailable, BrokenChannel, EndOfChannel
+from jobq.errors import BackendUnavailable, BrokenChannel, EndOfChannel, SpoiltChannel
 from jobq.pool import CRASH_LIMIT, SLOW_SECONDS, Member, Pool
 from jobq.report import EdgeCounts, StageCounts
 from jobq.scheduler import CHUNK_JOBS, Dead, Line, Retried, Scheduler
@@ -69,10 +69,15 @@ class Ending:
 
 @dataclass(slots=True)
 class Cancelled:
-    """Jobs that never came to their end, to be made letters of at leisure."""
+    """
+    Jobs that never came to their end, to be made letters of at leisure.
+
+    Those numbered in ``unloadable`` are left pickled: a worker was stopped while it loaded them.
+    """
 
     stage: str
     parts: list[Part] = field(default_factory=list)
+    unloadable: set[int] = field(default_factory=set)
 
 
 class Desk(Protocol):
@@ -123,6 +128,7 @@ class Driver:
         self.sink = sink
         self.ending = Ending()
         self.cancelled: list[Cancelled] = []
+        self._unloadable: dict[str, set[int]] = {}
         self._backend = backend
         self._tell = tell
         self._letter = letter
@@ -378,7 +384,7 @@ class Driver:
         except EndOfChannel:
             self._ended(member)
         except BrokenChannel as broken:
-            self._lost(member, str(broken))
+            self._lost(member, str(broken), spoilt=isinstance(broken, SpoiltChannel))
 
     def _settle(self, line: Line, member: Member, answer: Answer) -> None:
         scheduler, now, target = self.scheduler, time.monotonic(), line.target
@@ -405,6 +411,8 @@ class Driver:
         self._report_happenings()
         self._pass_results()
         self._tell_fates()
+        if faults.armed:
+            faults.reach("after_results")
 
     def _tell_fates(self) -> None:
         settled = self.scheduler.lineage.settled
@@ -466,16 +474,18 @@ class Driver:
                 self.ending.interrupted = True  # it was stopped at a yield: it may have had more to give
             self.scheduler.end_producer(line, member.worker.name)
 
-    def _lost(self, member: Member, reason: str) -> None:
+    def _lost(self, member: Member, reason: str, *, spoilt: bool = False) -> None:
         pool, line, name = member.pool, member.pool.line, member.worker.name
         tickets, decoding = (member.tickets(), member.decoding()) if member.ready else ([], None)
+        if spoilt:  # perhaps by a job that has ended, and whose answer came too late
+            decoding = min(line.flights.get(name, ()), default=None)
         in_hand = [
             flight.job(ticket - number)
             for number, flight in line.flights.get(name, {}).items()
             for ticket in tickets
             if 0 <= ticket - number < flight.chunk.count
         ]
-        numbers = tuple(part.first for part in in_hand)
+        jobs = tuple(part.first for part in in_hand)
         limit = 0 if line.is_producer else line.node.stage.consumer.max_deliveries
         deliveries = (in_hand[0].delivery + 1, limit) if len(in_hand) == 1 else ()
         self._forget(member)
@@ -488,12 +498,16 @@ class Driver:
             self.scheduler.overran(line, name, member.overdue, seconds, time.monotonic())
             back = self.scheduler.lost(line, name, (), None, reason, time.monotonic())
         elif stopped:  # by us: nobody is to blame
+            if decoding in line.flights.get(name, {}):
+                parts = line.flights[name][decoding].chunk.parts
+                numbers = {part.first + i for part in parts for i in range(part.block.count)}
+                self._unloadable.setdefault(line.name, set()).update(numbers)
             self.scheduler.lost(line, name, (), None, reason, time.monotonic())
         else:
             back = self.scheduler.lost(line, name, tickets, decoding, reason, time.monotonic())
         if not stopped:
             self._tell(
-                events.WorkerLostEvent(line.name, name, member.worker.pid, reason, numbers, back, *deliveries)
+                events.WorkerLostEvent(line.name, name, member.worker.pid, reason, jobs, back, *deliveries)
             )
         self._report_happenings()
         self._pass_results()
@@ -528,6 +542,8 @@ class Driver:
         """Start workers in the place of those that died; where the system refuses, try again in a while."""
         try:
             while pool.missing:
+                if faults.armed:
+                    faults.reach("respawn")
                 pool.replace(pool.missing[-1])
                 pool.missing.pop()
             pool.retry_at = None
@@ -691,7 +707,7 @@ class Driver:
                 continue
             ages = member.ages(now)
             member.overdue = {ticket for ticket, age in ages if age >= limit}
-            if member.overdue:
+            if member.overdue or member.loads_since(now) + limit <= now:
                 member.worker.kill()
             soonest = min([soonest, *(limit - age for _, age in ages if age < limit)])
         busy = any(member.load for member in pool.members)
@@ -847,7 +863,7 @@ class Driver:
                 parts = self.scheduler.cancel(line)
                 if parts:
                     self.ending.interrupted = True
-                    self.cancelled.append(Cancelled(line.name, parts))
+                    self.cancelled.append(Cancelled(line.name, parts, self._unloadable.get(line.name, set())))
         self._tell_fates()
 
     def _watch_sink(self) -> None:

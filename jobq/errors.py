@@ -149,3 +149,7 @@ class EndOfChannel(Exception):
 
 class BrokenChannel(Exception):
     """The other side was lost; ``str()`` says how."""
+
+
+class SpoiltChannel(BrokenChannel):
+    """A job of the other side wrote into the channel, or closed it: any that is not answered can have."""

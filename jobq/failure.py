@@ -7,8 +7,9 @@ import dataclasses
 import json
 import os
 import pickle
+import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,6 +21,14 @@ from jobq.wire import PROTOCOL, Failure, Undecodable
 #: A traceback is cut to so many characters: a runaway recursion would otherwise fill the log.
 TRACEBACK_CHARACTERS = 20_000
 REPR_CHARACTERS = 200
+#: What pickle says, and what to do about it.
+_HINTS = {
+    "'generator'": "give what it yields, one by one",
+    "local object": "define it at the top of a module",
+    "<lambda>": "define it at the top of a module",
+    "cannot pickle": "what can't leave its process is opened by those who need it: @pipeline.resource",
+    "through inheritance": "jobq.Lock, jobq.Semaphore and @pipeline.resource(scope='run') can be shared",
+}
 _HERE = str(Path(__file__).parent) + os.sep
 
 
@@ -103,6 +112,8 @@ class JsonForm:
         """Return *item* as JSON text, or None if it has no JSON form."""
         from pydantic_core import to_json
 
+        if isinstance(item, Iterator):  # it would be used up, and need not end
+            return None
         try:
             text = to_json(item, inf_nan_mode="strings").decode()
             return text if same(self.item(text), item) else None
@@ -153,6 +164,14 @@ def users_frames(error: BaseException) -> TracebackType | None:
     while trace is not None and trace.tb_frame.f_code.co_filename.startswith(_HERE):
         trace = trace.tb_next
     return trace
+
+
+def pickling_hint(error: BaseException) -> str:
+    """Return what to do about something that can't be pickled, as the end of a sentence; mostly nothing."""
+    if isinstance(error, RecursionError):
+        return f"; it is nested too deeply (the recursion limit is {sys.getrecursionlimit()})"
+    text = safe_text(error)
+    return next((f"; {hint}" for words, hint in _HINTS.items() if words in text), "")
 
 
 def _traceback(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from jobq.backend import IDLE, LANES, Port, may_begin
 from jobq.errors import TimeLimitExceeded
 from jobq.failure import failure_of, refusal
 from jobq.locks import inside
-from jobq.outbox import DONE, FAILED, FILTERED, Counters, Flusher, Marker
+from jobq.outbox import DONE, FAILED, FILTERED, Counters, Flusher, Marker, survive_forks
 from jobq.wire import Answer, Chunk, Failure, Order, Output, PackedObjects, Part
 from jobq.work import (
     Caller,
@@ -79,6 +79,13 @@ class Lanes:
         self._flushed = 0.0
         self._current = threading.local()
         self._flusher = Flusher(self.flush) if recipe.flusher else None
+        survive_forks(self)
+
+    def renew(self) -> None:
+        """Be usable in a copy of the process, whose only thread is the one that forked."""
+        self._lock = threading.Lock()
+        if self._flusher is not None:
+            self._flusher.renew()
 
     def run(self, order: Order) -> None:
         """Hand a chunk's jobs to the lanes; they answer."""
@@ -261,8 +268,8 @@ class ThreadLanes(Lanes):
     def _start(self) -> None:
         for lane in range(self._recipe.lanes):
             thread = threading.Thread(target=self._work, args=(lane,), name=f"jobq-lane-{lane}", daemon=True)
-            self._threads.append(thread)
             thread.start()
+            self._threads.append(thread)
         for error in [self._ready.get() for _ in self._threads]:
             if error is not None:
                 raise error

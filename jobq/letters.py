@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -91,14 +91,20 @@ class Letters:
             pickled = event.item_pickle if event.item_pickle is not None or text is not None else _dumps(item)
             yield replace(event, item_json=text, item_pickle=pickled, undecoded=False)
 
-    def cancelled(self, stage: str, parts: Iterable[Part], codec: Codec) -> Iterable[JobDead]:
+    def cancelled(
+        self, stage: str, parts: Iterable[Part], codec: Codec, unloadable: Collection[int] = ()
+    ) -> Iterable[JobDead]:
         """
         Yield an event for each job of *parts*, none of which came to its end.
 
-        Decodes items: for the caller's thread, when the run is over.
+        Decodes items, but for parts with a job numbered in *unloadable*: for the caller's thread, when the
+        run is over.
         """
         for part in parts:
-            items = codec.decode(part.block)
+            last = part.first + part.block.count
+            loadable = not any(part.first <= number < last for number in unloadable)
+            unknown = Undecodable(TimeoutError("a worker was stopped while it loaded the item"))
+            items = codec.decode(part.block) if loadable else [unknown] * part.block.count
             for index, item in enumerate(items):
                 failure = Failure(
                     0,
@@ -108,7 +114,8 @@ class Letters:
                     "",
                     **describe_item(item, self._form(stage).text(item)),
                 )
-                yield self.make(Dead(stage, "", part.take(index, index + 1), failure, status="cancelled"))
+                job = part.take(index, index + 1)
+                yield self.make(Dead(stage, "", job, failure, status="cancelled", loadable=loadable))
 
     def _form(self, stage: str) -> JsonForm:
         return self.forms.get(stage) or JsonForm()

@@ -8,8 +8,10 @@ there, so that a job that takes long does not keep back what was done before it.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+import weakref
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -145,6 +147,30 @@ class Tally:
     told: set[int] = field(default_factory=set)  # indices of the failures that have left
 
 
+class Forkable(Protocol):
+    """Something with a lock that another thread may hold when a job forks."""
+
+    def renew(self) -> None:
+        """Be usable in a copy of the process, which has one thread."""
+        ...
+
+
+_forkable: weakref.WeakSet[Forkable] = weakref.WeakSet()
+
+
+def survive_forks(one: Forkable) -> None:
+    """Have *one* renewed in copies of this process: a job may fork, and come back to us twice."""
+    _forkable.add(one)
+
+
+def _renew_all() -> None:
+    for one in list(_forkable):
+        one.renew()
+
+
+os.register_at_fork(after_in_child=_renew_all)
+
+
 class Flusher:
     """A thread that calls *flush* every few milliseconds while orders are being worked on."""
 
@@ -163,8 +189,9 @@ class Flusher:
             return
         self._armed.set()
         if self._thread is None:
-            self._thread = threading.Thread(target=self._loop, name="jobq-flusher", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._loop, name="jobq-flusher", daemon=True)
+            thread.start()
+            self._thread = thread  # not before: `close` would wait for one that could not be started
 
     def _loop(self) -> None:
         idle = 0
@@ -179,6 +206,12 @@ class Flusher:
                 self._armed.clear()
                 if self._ended or self._flush():  # something came in between
                     self._armed.set()
+
+    def renew(self) -> None:
+        """Have nothing to do any more: the thread is not there."""
+        self._armed = threading.Event()
+        self._armed.set()
+        self._thread = None
 
     def close(self) -> None:
         """End the thread and wait for its end."""
@@ -216,6 +249,15 @@ class Outbox:
         self.tally: Tally | None = None
         self.claims: Claims | None = None
         self.flusher = Flusher(self._look) if flusher else None
+        survive_forks(self)
+
+    def renew(self) -> None:
+        """Be usable in a copy of the process, whose only thread is the one that forked."""
+        self._lock = threading.Lock()
+        if self.claims is not None:
+            self.claims.renew()
+        if self.flusher is not None:
+            self.flusher.renew()
 
     def begin(self, number: int, *, alone: bool = False) -> Tally:
         """Start the tally of an order; with *alone* nothing can wait behind anything in it."""
@@ -259,12 +301,13 @@ class Outbox:
             self._send(Answer(tally.number, False, outputs=outputs, totals=self._counters.totals()))
 
     def _answer(self, tally: Tally, high: int, final: bool, ended: bool) -> Answer:
-        low, tally.sent = tally.sent, high
+        low = tally.sent
         try:
             settled, filtered, outputs = self._pack(tally, low, high)
         except BaseException:  # a piece that is an item, and neither a scalar nor picklable
             self._take_out_unfit(tally, low, high)
             settled, filtered, outputs = self._pack(tally, low, high)
+        tally.sent = high  # only now: what could not be packed (no memory) is tried again at the chunk's end
         # A failure may have been written down just before its place among the outcomes: next time then.
         failures = tuple(
             failure for failure in tally.failures if failure.index < high and failure.index not in tally.told

@@ -39,6 +39,8 @@ class Member:
     overdue: set[int] = field(default_factory=set)  # tickets for which it is being stopped
     sample: int = IDLE
     sampled_at: float = 0.0
+    loading: int | None = None  # the chunk whose items it was loading at the last look
+    loading_since: int = 0
 
     @property
     def load(self) -> int:
@@ -59,6 +61,13 @@ class Member:
         page = self.worker.page
         lanes = [(page[word], now - page[word + 1]) for word in range(LANES, len(page), 2)]
         return [(ticket, age) for ticket, age in lanes if ticket != IDLE]
+
+    def loads_since(self, now: int) -> int:
+        """Return since when it was seen to load the items that it loads now, in nanoseconds."""
+        loading, self.loading = self.loading, self.decoding()
+        if self.loading is None or self.loading != loading:
+            self.loading_since = now
+        return self.loading_since
 
     def decoding(self) -> int | None:
         """Return the number of the chunk whose items are being decoded."""

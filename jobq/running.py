@@ -77,7 +77,9 @@ class Running:
         hurried = driver.ending.level >= KILL or driver.abandoned
         if not hurried:
             for cancelled in driver.cancelled:
-                for event in self.letters.cancelled(cancelled.stage, cancelled.parts, codec):
+                for event in self.letters.cancelled(
+                    cancelled.stage, cancelled.parts, codec, cancelled.unloadable
+                ):
                     self.watchers.tell(event)
         if self.file is not None:
             for event in self.letters.still_encoded() if hurried else self.letters.decoded(codec):

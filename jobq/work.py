@@ -21,11 +21,12 @@ from itertools import islice
 from operator import is_not
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from jobq import faults
 from jobq.annotations import Signature, read_signature, spell
 from jobq.backend import DECODING, HINT, IDLE, LANES, LIMIT, STOPPING, Port, Work, may_begin
 from jobq.claims import CLAIM_JOBS, QUICK_SECONDS, Claims
 from jobq.errors import Interrupted, PayloadError, Skip, TimeLimitExceeded
-from jobq.failure import JsonForm, failure_of, refusal, safe_text
+from jobq.failure import JsonForm, failure_of, pickling_hint, refusal, safe_repr, safe_text
 from jobq.locks import inside, join, joined
 from jobq.outbox import DONE, FAILED, FILTERED, ManyRoutes, NoTaker, OneRoute, Outbox, Packer, Piece, Tally
 from jobq.shapes import shape_of
@@ -151,6 +152,9 @@ class StageRecipe:
             from jobq.observe.log import configure
 
             configure(self.log)
+        if faults.armed:
+            faults.become("producer" if self.stage.kind == "producer" else "worker")
+            faults.reach("started")
         if not self.place:
             return self._open(port)
         join(self.place)
@@ -226,6 +230,8 @@ class JsonCodec(PickleCodec):
         from pydantic_core import to_json
 
         try:
+            if isinstance(item, Iterator):
+                raise TypeError("it is an iterator, which need not end")
             return to_json(item, inf_nan_mode="null") + b"\n"
         except Exception as error:
             raise PayloadError(f"a result of {self._where} has no JSON form: {error}") from error
@@ -357,7 +363,7 @@ class Caller:
             function = partial(function, **fixed)
         if signature.item is not None and not signature.item_first:
             function = _by_name(function, signature.item)
-        self.function = function
+        self.function = faults.around(function) if faults.armed else function
 
     def job(self, part: Part | None, index: int, offset: int) -> dict[str, Job]:
         """Return the `Job` arguments for one call."""
@@ -815,7 +821,7 @@ def cannot_be_pickled(error: BaseException, recipe: StageRecipe) -> PayloadError
         return error
     explained = PayloadError(
         f"what {recipe.stage.name}() ({recipe.stage.location}) gives cannot be pickled:"
-        f" {type(error).__name__}: {safe_text(error)}"
+        f" {type(error).__name__}: {safe_text(error)}{pickling_hint(error)}"
     )
     explained.__cause__ = error
     return explained
@@ -986,11 +992,16 @@ class Producer:
         if not isinstance(error, PayloadError):
             explained = PayloadError(
                 f"an item that {self._recipe.stage.name}() yields ({where or self._recipe.stage.location})"
-                f" cannot be pickled: {type(error).__name__}: {safe_text(error)}"
+                f" cannot be pickled: {type(error).__name__}: {safe_text(error)}{pickling_hint(error)}"
             )
             explained.__cause__ = error
             error = explained
-        return replace(failure_of(index, error, item, ()), item=self._copy(item))
+        copy = self._copy(item)
+        if copy is not None:
+            return replace(failure_of(index, error, item, ()), item=copy)
+        # To look for its JSON form would use up a generator in it, which need not end.
+        failure = failure_of(index, error, None, ())
+        return replace(failure, item_type=type(item).__qualname__, item_json=None, item_repr=safe_repr(item))
 
     def _copy(self, item: Any) -> Any:
         """Return *item* encoded, for its dead letter; None if it can't be."""

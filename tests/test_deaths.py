@@ -252,24 +252,6 @@ def test_leaving_by_exit_is_a_death_like_any_other(backend: str, notes: Notes, c
     assert notes.lines() == ["left", "left"]
 
 
-def test_an_item_that_kills_whoever_loads_it_is_a_dead_letter_that_nobody_loads(backend: str) -> None:
-    pipeline = Pipeline("test")
-
-    @pipeline.producer
-    def things() -> Iterator[object]:
-        yield from (1, DeadlyToLoad(), 3)
-
-    @pipeline.consumer(max_deliveries=2)
-    def take(thing: object) -> object:
-        return thing
-
-    report = run(pipeline, backend)
-
-    (letter,) = report.dead
-    assert sorted(report.results) == [1, 3]
-    assert (letter.stage, letter.error, letter.deliveries) == ("take", "WorkerLost", 2)
-
-
 def test_a_batch_that_kills_its_worker_dies_item_by_item_and_the_rest_goes_on(
     backend: str, notes: Notes
 ) -> None:

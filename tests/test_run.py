@@ -1125,35 +1125,6 @@ def test_the_end_at_max_failures_says_so_and_names_what_was_cancelled(backend: s
 # --- what travels --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PROCESSES)
-def test_an_item_arrives_as_it_was_when_it_was_yielded(name: str) -> None:
-    pipeline = Pipeline("test")
-
-    @pipeline.producer
-    def same() -> Iterator[dict[str, int]]:
-        changed = {"n": -1}
-        for n in range(20):
-            changed["n"] = n
-            yield changed
-        changed.clear()
-
-    @pipeline.consumer
-    def split(one: dict[str, int]) -> Iterator[list[int]]:
-        out = [one["n"], 0]
-        yield out
-        out[1] = 1
-        yield out
-        out.clear()
-
-    @pipeline.consumer
-    def keep(one: list[int]) -> list[int]:
-        return one
-
-    report = run(pipeline, name)
-
-    assert sorted(report.results) == sorted([n, i] for n in range(20) for i in (0, 1))
-
-
 @pytest.mark.parametrize("name", ["thread", "inline"])
 def test_without_processes_items_travel_by_reference(name: str) -> None:
     one = Unpicklable()
@@ -1227,26 +1198,6 @@ def test_one_output_that_can_not_be_pickled_costs_no_other_item(
     assert sorted(report.results) == [0, 1, 2, 3, 5, 6, 7, 8]
     assert (letter.error, letter.stage) == ("PayloadError", "things" if where == "producer" else "give")
     assert all(stage.worker_restarts == 0 for stage in report.stages.values())
-
-
-@pytest.mark.parametrize("name", PROCESSES)
-def test_an_item_that_fails_to_load_is_a_dead_letter_of_its_taker(name: str) -> None:
-    pipeline = Pipeline("test")
-
-    @pipeline.producer
-    def things() -> Iterator[object]:
-        yield from (1, Unloadable(), 3)
-
-    @pipeline.consumer
-    def take(thing: object) -> object:
-        return thing
-
-    report = run(pipeline, name)
-
-    (letter,) = report.dead
-    assert sorted(report.results) == [1, 3]
-    assert (letter.stage, letter.error) == ("take", "PayloadError")
-    assert "ValueError" in letter.message
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ class Incoming:
         self._held = held[length:]
         return held[:length]
 
-    def read(self) -> int:
+    def read(self, size: int = READ_SIZE) -> int:
         """
         Read once and return how many bytes came (0: no writer is left).
 
@@ -69,8 +69,8 @@ class Incoming:
             held = self._held
             length = frame_length(held) if held else None
             if length is None:
-                data = os.read(self.fd, READ_SIZE)
-                self.dry = len(data) < READ_SIZE
+                data = os.read(self.fd, size)
+                self.dry = len(data) < size
                 self._held = memoryview(bytes(held) + data if held else data)
                 return len(data)
             # A frame that has begun gets its own memory, so that its end is read in place.

@@ -25,11 +25,12 @@ from dataclasses import dataclass
 from multiprocessing import reduction
 from typing import Any, NoReturn, Protocol
 
+from jobq import faults
 from jobq.backend import Port, Preload, Recipe, serve
-from jobq.backends.channel import Incoming, SharedPage, write_whole
+from jobq.backends.channel import READ_SIZE, Incoming, SharedPage, unwritten, write_whole
 from jobq.errors import EndOfChannel
 from jobq.load import UNGUARDED, load_preload
-from jobq.wire import MAGIC, PREFIX, Answer, Bye, Codec, Hello, Order, PickleCodec, Said, pack, unpack
+from jobq.wire import MAGIC, PREFIX, Answer, Buffer, Bye, Codec, Hello, Order, PickleCodec, Said, pack, unpack
 
 #: A frame without header and body: no more orders come.
 END_FRAME = PREFIX.pack(MAGIC, 0, 0)
@@ -97,27 +98,50 @@ class ChannelPort:
         if not self._greeted:
             self._greeted = True
             self.say(Hello(self._pid))
-        return unpack(self._receive_frame())  # type: ignore[return-value]  # the driver sends orders only
+        if faults.armed:
+            faults.reach("before_recv")
+        order = unpack(self._receive_frame())
+        if faults.armed:
+            faults.reach("after_recv")
+        return order  # type: ignore[return-value]  # the driver sends orders only
 
     def send(self, answer: Answer) -> None:
         """Write one answer, whole."""
         self.say(answer)
 
     def say(self, said: Said) -> None:
-        """Write one frame, whole."""
-        buffers = pack(said)
+        """Write one frame, whole, or end this process: after half a frame nothing can be said."""
         self._check()
         try:
-            write_whole(self._outbox, buffers)
+            buffers = pack(said)
+            if faults.armed:
+                self._write_in_halves(buffers)
+            else:
+                write_whole(self._outbox, buffers)
         except BrokenPipeError:
             os._exit(1)  # the driver is gone: there is nobody to tell
+        except BaseException:  # no memory; the flusher's thread would end alone, and what it took be lost
+            traceback.print_exc()
+            os._exit(1)
+
+    def _write_in_halves(self, buffers: list[Buffer]) -> None:
+        faults.reach("before_frame")
+        half = sum(map(len, buffers)) // 2
+        rest = unwritten(buffers, half)
+        write_whole(self._outbox, [b"".join(buffers)[:half]])
+        faults.reach("half_frame")
+        write_whole(self._outbox, rest)
+        faults.reach("after_frame")
 
     def _receive_frame(self) -> memoryview:
         incoming = self._incoming
         while (frame := incoming.frame()) is None:
             self._check()
-            if not incoming.read():
+            # With a fault set frames come in pieces, so that there is something between them.
+            if not incoming.read(PREFIX.size // 2 if faults.armed else READ_SIZE):
                 raise EndOfChannel
+            if faults.armed:
+                faults.reach("half_recv")
         if len(frame) == PREFIX.size:
             raise EndOfChannel
         return frame
@@ -176,6 +200,8 @@ def main(
                 port.say(Bye(describe_failure(error)))
                 leave()
         attend(recipe, port)
+        if faults.armed:
+            faults.reach("before_exit")
     except BaseException:
         traceback.print_exc()
         os._exit(1)

@@ -17,12 +17,14 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from typing import ClassVar, Protocol
 
+from jobq import faults
 from jobq.backend import Plan, Waitable, blank_page, page_words
+from jobq.backends import child
 from jobq.backends.channel import Incoming, Outgoing, SharedPage, close, make_page_file, widen
 from jobq.backends.launcher import Launcher
 from jobq.backends.memory import OutOfMemory, events_file
 from jobq.backends.nursery import Nursery, NurseryLost, threads_run
-from jobq.errors import BackendUnavailable, BrokenChannel, EndOfChannel
+from jobq.errors import BackendUnavailable, BrokenChannel, EndOfChannel, SpoiltChannel
 from jobq.wire import MAGIC, PREFIX, Answer, Bye, Codec, Hello, Order, PickleCodec, Said, unpack
 
 START_METHODS = ("auto", "fork", "forkserver", "spawn")
@@ -121,6 +123,8 @@ class ProcessWorker:
 
     def send(self, order: Order) -> None:
         """Take *order* for delivery."""
+        if faults.armed:
+            faults.reach("before_put")
         self._inbox.put(order)
 
     def receive(self) -> Said | None:
@@ -186,14 +190,19 @@ class ProcessWorker:
         except Exception as error:  # bytes that no worker of ours writes
             self._break(f"said what can't be read ({type(error).__name__}: {error})")
             return None
+        self._note(said)  # type: ignore[arg-type]  # the worker sends no orders
+        return said  # type: ignore[return-value]
+
+    def _note(self, said: Said) -> None:
         if type(said) is Answer:
             if said.final:
+                if faults.armed:
+                    faults.reach("before_task_done")
                 self._inbox.answered()
         elif type(said) is Bye:
             self._bye = said
         elif type(said) is Hello:
             self._up = True
-        return said  # type: ignore[return-value]  # the worker sends no orders
 
     def _fall_silent(self) -> None:
         self._silence()
@@ -217,7 +226,9 @@ class ProcessWorker:
         self._raised = True
         self._inbox.abandon()
         if self._problem is not None:
-            raise BrokenChannel(self._problem)
+            raise SpoiltChannel(self._problem)
+        if how == child.describe_exit(child.CHANNEL_GONE):
+            raise SpoiltChannel(how)
         if self._bye is None:
             raise BrokenChannel(how + self._describe_moment(how))
         if self._bye.problem is not None:
