@@ -878,6 +878,8 @@ class Producer:
             self._ended = True
             tally.failures.append(failure_of(-1, error, None, ()))
             tally.failures[-1] = replace(tally.failures[-1], item_type=None, item_json=None, item_repr=None)
+        if self._outbox.flusher is not None:
+            self._outbox.flusher.hold = False
         self._outbox.flush(final=True, ended=self._ended)
 
     def _start(self) -> None:
@@ -943,16 +945,15 @@ class Producer:
     def _objects(self, grant: Grant, tally: Tally) -> bool:
         """Give items, each encoded at its yield; return whether the producer has ended."""
         items, page, outcomes, flusher = self._items, self._page, tally.outcomes, self._outbox.flusher
-        encode, size, clock = self._giving.encode, self._size, time.monotonic
-        nbytes, flushed, began = 0, clock(), clock()
+        encode, size, append, began = self._giving.encode, self._size, outcomes.append, time.monotonic()
+        nbytes = 0
         assert encode is not None
-        while len(outcomes) < grant.count and nbytes < grant.nbytes:
-            if page[LIMIT] == 0:
-                self._stopped = True  # which is no end: there may be more
-                return False
-            try:
-                item = next(items)
-            except StopIteration:
+        if flusher is not None:  # what is given leaves in a few milliseconds, whatever comes after it
+            flusher.hold = True
+            flusher.arm()
+        while page[LIMIT] != 0:
+            item = next(items, FAILED)  # no user's item is ours
+            if item is FAILED:
                 return True
             if item is None:
                 continue  # a generator's None is not given on
@@ -960,18 +961,19 @@ class Producer:
                 piece = encode(item)
             except BaseException as error:  # user code runs in it: this item's, the producer goes on
                 self._unfit(item, error, tally)
-                continue
-            outcomes.append(piece)
+            else:
+                append(piece)
+                nbytes += size(piece.data if type(piece) is Piece else piece)
             del item  # a socket that was handed over must not stay open here until the next item comes
-            nbytes += size(piece.data if type(piece) is Piece else piece)
-            now = clock()
-            if flusher is None and now - began > SLICE_SECONDS:
-                return False  # nobody else runs meanwhile: let those after us have these first
-            if self._is_ripe(tally, flushed, now) and len(outcomes) < grant.count:
+            given = len(outcomes)
+            if given >= grant.count or nbytes >= grant.nbytes:
+                return False
+            if flusher is None:
+                if time.monotonic() - began > SLICE_SECONDS:
+                    return False  # nobody else runs meanwhile: let those after us have these first
+            elif given - tally.sent >= page[HINT]:
                 self._outbox.flush()
-                flushed = now
-            elif flusher is not None:
-                flusher.arm()
+        self._stopped = True  # which is no end: there may be more
         return False
 
     def _unfit(self, item: Any, error: BaseException, tally: Tally) -> None:
