@@ -188,13 +188,15 @@ class Plan:
     What a backend is made for: every recipe it may be asked to start, by name.
 
     A backend that forks does so from a process that was forked when it was made, so recipes may hold
-    lambdas and closures under ``fork``.
+    lambdas and closures under ``fork``. ``stdin`` names the recipes that may want the program's standard
+    input: "" if their process is to have it, else why not. All other processes find theirs empty.
     """
 
     recipes: Mapping[str, Recipe]
     start_method: str = "auto"
     preload: Preload | None = None
     daemon: Mapping[str, bool] = field(default_factory=dict)
+    stdin: Mapping[str, str] = field(default_factory=dict)
 
 
 class Backend(Protocol):

@@ -50,7 +50,12 @@ LATE_SECONDS = 0.005
 FINISH, STOP, KILL = 1, 2, 3
 
 #: Why a run is stopped, in words.
-REASONS = {0: "the time for finishing is over", signals.SIGINT: "interrupted", signals.SIGTERM: "terminated"}
+REASONS = {
+    0: "the time for finishing is over",
+    signals.SIGINT: "interrupted",
+    signals.SIGTERM: "terminated",
+    signals.SIGHUP: "the terminal was closed",
+}
 
 
 @dataclass(slots=True)
@@ -116,6 +121,7 @@ class Driver:
         sink: Sink,
         tell: Callable[[events.Event], None],
         *,
+        timeout: float | None = None,
         shutdown_timeout: float = 30.0,
         failure_limit: int | None = None,
         letter: Callable[[Dead], events.JobDead],
@@ -136,6 +142,9 @@ class Driver:
         self._failure_limit = failure_limit
         self._ticking = ticking
         self._began = time.monotonic()
+        self._timeout = math.inf if timeout is None else timeout
+        self._ends_at = self._began + self._timeout
+        self._leaving: deque[tuple[float, Member]] = deque()  # what retires may take until then to close
         self._next_tick = self._began
         self._selector = selectors.DefaultSelector()
         self._sink_watched: Waitable | None = None
@@ -282,6 +291,12 @@ class Driver:
 
     def _look_at_clocks(self, now: float) -> None:
         """Do what is due by now, whoever did or didn't say something."""
+        if now >= self._ends_at:
+            self._give_up(f"the run took longer than its timeout of {self._timeout:g} s")
+        while self._leaving and (self._leaving[0][1].gone or now >= self._leaving[0][0]):
+            member = self._leaving.popleft()[1]
+            if not member.gone:
+                member.worker.kill()
         for pool in self._consumers:
             if pool.retry_at is not None and now >= pool.retry_at and not self._closing:
                 self._fill(pool)
@@ -294,19 +309,12 @@ class Driver:
 
     def _patience(self) -> float | None:
         """Return the seconds until something is due by itself; None: nothing is."""
-        due, now = self.ending.deadline, time.monotonic()
+        due, now = min(self.ending.deadline, self._ends_at), time.monotonic()
+        if self._leaving:
+            due = min(due, self._leaving[0][0])
         if not self._closing:
             for pool in self._consumers:
-                line = pool.line
-                if pool.call_at is not None:
-                    due = min(due, pool.call_at)
-                if pool.retry_at is not None:
-                    due = min(due, pool.retry_at)
-                delayed = self.scheduler.next_due(line)
-                if delayed is not None:
-                    due = min(due, delayed)
-                if line.batch is not None and line.oldest is not None:
-                    due = min(due, line.oldest + line.node.stage.consumer.batch_timeout)
+                due = min(due, self._due(pool))
             for at in self._checks.values():
                 due = min(due, at)
             for pool in self._limited:
@@ -317,6 +325,20 @@ class Driver:
         if self._ticking:
             due = min(due, self._next_tick)
         return None if due == math.inf else max(0.0, due - now)
+
+    def _due(self, pool: Pool) -> float:
+        """Return when a stage has something to do by itself."""
+        due, line = math.inf, pool.line
+        if pool.call_at is not None:
+            due = min(due, pool.call_at)
+        if pool.retry_at is not None:
+            due = min(due, pool.retry_at)
+        delayed = self.scheduler.next_due(line)
+        if delayed is not None:
+            due = min(due, delayed)
+        if line.batch is not None and line.oldest is not None:
+            due = min(due, line.oldest + line.node.stage.consumer.batch_timeout)
+        return due
 
     def _drain_wakeups(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -405,6 +427,8 @@ class Driver:
                 member.recalled -= answer.skipped
                 if member.recalled <= 0 or not line.flights.get(member.worker.name):
                     member.allow_all()
+            if answer.leaving or member.left == 0 or member.retiring:
+                self._retire(member, answer.leaving)
         for index, done, total in answer.notes:
             job = None if line.is_producer else answer.number + index
             self._tell(events.Progress(line.name, member.worker.name, job, done, total))
@@ -465,10 +489,24 @@ class Driver:
 
     # ── workers end ──────────────────────────────────────────────────────────
 
+    def _retire(self, member: Member, why: str) -> None:
+        """Let a worker end that begins no more jobs, or has had as many as it may: it will be replaced."""
+        done = not member.load
+        if not member.closing and (why or done):
+            member.retiring = why or "it has had max_tasks_per_worker jobs"
+            member.closing = True
+            member.worker.close()
+            self._watch(member)
+        if member.retiring and done:
+            self._leaving.append((time.monotonic() + self._shutdown_timeout, member))
+
     def _ended(self, member: Member) -> None:
-        line = member.pool.line
+        pool, line = member.pool, member.pool.line
         self._forget(member)
-        self._tell(events.WorkerEnded(line.name, member.worker.name, member.worker.pid))
+        self._tell(events.WorkerEnded(line.name, member.worker.name, member.worker.pid, member.retiring))
+        if member.retiring and not self._closing and not self.ending.halted:
+            pool.missing.append(member.index)
+            self._fill(pool)
         if line.is_producer:
             if self.ending.level and member.worker.name not in line.ended:
                 self.ending.interrupted = True  # it was stopped at a yield: it may have had more to give
@@ -535,11 +573,12 @@ class Driver:
                 f" the last one {reason}"
             )
             return
+        pool.restarts += 1
         pool.missing.append(member.index)
         self._fill(pool)
 
     def _fill(self, pool: Pool) -> None:
-        """Start workers in the place of those that died; where the system refuses, try again in a while."""
+        """Start workers in the place of those that ended; where the system refuses, try again in a while."""
         try:
             while pool.missing:
                 if faults.armed:
@@ -584,7 +623,7 @@ class Driver:
     def _give_chunks(self, pool: Pool) -> None:
         """Give chunks to workers that have nothing to do, then the next one to those that are busy."""
         line, lanes = pool.line, pool.line.lanes // pool.size
-        members = [member for member in pool.members if member.ready and not member.recalled]
+        members = [member for member in pool.members if member.open and not member.recalled]
         free = sorted([member for member in members if member.load < lanes], key=_load)
         target = max(line.target, lanes)
         for place, member in enumerate(free):
@@ -612,7 +651,7 @@ class Driver:
         """
         line = pool.line
         lanes = line.batch or line.lanes // pool.size
-        free = [member for member in pool.members if member.ready and not member.recalled]
+        free = [member for member in pool.members if member.open and not member.recalled]
         for member in sorted(free, key=_load):
             if member.load >= lanes or not line.ready:
                 return
@@ -641,7 +680,7 @@ class Driver:
         line = pool.line
         batch = line.batch or 1
         for member in sorted(pool.members, key=_load):
-            if not member.ready or member.load:
+            if not member.open or member.load:
                 continue
             if not self._is_ripe(line, now) or not self._send(line, member, batch):
                 break
@@ -649,8 +688,12 @@ class Driver:
                 line.oldest = now
 
     def _send(self, line: Line, member: Member, limit: int) -> Chunk | None:
+        if member.left is not None and line.batch is None:
+            limit = min(limit, member.left)
         chunk = self.scheduler.take(line, member.worker.name, limit)
         if chunk is not None:
+            if member.left is not None:
+                member.left -= 1 if line.batch is not None else chunk.count
             member.worker.send(chunk)
             self._watch(member)
             pool = member.pool
@@ -681,7 +724,7 @@ class Driver:
         if self._checks.get(name, 0.0) > now:
             return
         self._checks.pop(name, None)
-        if not any(member.ready and member.load < lanes for member in pool.members):
+        if not any(member.open and member.load < lanes for member in pool.members):
             return
         before = line.ready
         for member in pool.members:
@@ -715,7 +758,10 @@ class Driver:
 
     def _take_back(self, member: Member) -> None:
         line, name = member.pool.line, member.worker.name
-        member.recalled += self.scheduler.take_back(line, name, member.stop_beginning())
+        taken = self.scheduler.take_back(line, name, member.stop_beginning())
+        member.recalled += taken
+        if taken and member.left is not None:
+            member.left += 1 if line.batch is not None else taken
         if not member.recalled:
             member.allow_all()
 
@@ -842,6 +888,7 @@ class Driver:
 
     def _kill_all(self) -> None:
         self.ending.killed = True
+        self._ends_at = math.inf
         self.ending.deadline = time.monotonic() + KILL_GRACE_SECONDS
         for pool in self.pools.values():
             pool.stop_giving()  # a thread can't be killed, but its job may look
@@ -854,6 +901,9 @@ class Driver:
         if self.ending.gave_up is None:
             first, line, rest = why.partition("\n")
             unfinished = f"{first.rstrip(':')}; giving up, {self.scheduler.unfinished} jobs unfinished"
+            more = [pool.line.name for pool in self._producers if pool.line.producing]
+            if more:
+                unfinished += f", more to come from {', '.join(more)}"
             self.ending.gave_up = unfinished + line + rest
             self._stop_now()
 

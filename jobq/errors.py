@@ -65,7 +65,11 @@ class JoinTimeout(JobqError):
 
 
 class RunFailed(JobqError):
-    """The run gave up, with work unfinished (``report`` says how much): workers die again and again."""
+    """
+    The run gave up, with work unfinished (``report`` says how much).
+
+    Workers die again and again, or the run's ``timeout`` is over.
+    """
 
     def __init__(self, message: str, report: Report | None = None) -> None:
         super().__init__(message)

@@ -54,11 +54,12 @@ class WorkerLostEvent:
 
 @dataclass(frozen=True, slots=True)
 class WorkerEnded:
-    """A worker ended as told."""
+    """A worker ended as told. ``why`` is not empty where another takes its place while the run goes on."""
 
     stage: str
     worker: str
     pid: int | None
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jobq.backend import IDLE, LANES, Port, may_begin
-from jobq.errors import TimeLimitExceeded
+from jobq.errors import PayloadError, TimeLimitExceeded
 from jobq.failure import failure_of, refusal
 from jobq.locks import inside
 from jobq.outbox import DONE, FAILED, FILTERED, Counters, Flusher, Marker, survive_forks
@@ -26,6 +26,7 @@ from jobq.work import (
     place_of,
     places,
     read_giving,
+    retirement_of,
 )
 
 #: After a flush, what ends within this many seconds waits for the flusher's next look.
@@ -70,7 +71,8 @@ class Lanes:
         self._port = port
         self._page = port.page
         self._giving = read_giving(recipe, port.codec)
-        self._intake = Intake(recipe, port)
+        self._retirement = retirement_of(recipe, port)
+        self._intake = Intake(recipe, port, self._retirement)
         self._retry_on = recipe.stage.consumer.retry_on
         self._timeout = recipe.stage.consumer.timeout
         self._lock = threading.Lock()
@@ -90,6 +92,10 @@ class Lanes:
     def run(self, order: Order) -> None:
         """Hand a chunk's jobs to the lanes; they answer."""
         assert isinstance(order, Chunk)
+        if self._retirement.why:
+            with self._lock:
+                self._port.send(Answer(order.number, True, totals=self._counters.totals()))
+            return
         items, bad = self._open_chunk(order)
         tally = LaneTally(order.number, order.count, order)
         with self._lock:
@@ -132,6 +138,9 @@ class Lanes:
 
     def _conclude(self, task: Task, outcome: Any, error: BaseException | None, busy: float) -> None:
         """Write down how a call ended: one job, or all jobs of a batch."""
+        if outcome is not RECALLED:
+            self._retirement.note(error.__cause__ if isinstance(error, PayloadError) else error)
+            self._retirement.look(time.monotonic_ns())
         for index in task.batch or (task.index,):
             last = index == task.index
             item = task.item[task.batch.index(index)] if task.batch else task.item
@@ -148,11 +157,11 @@ class Lanes:
         raise NotImplementedError
 
     def _may_begin(self, lane: int, task: Task) -> bool:
-        """Write the job down as begun in *lane*, unless it was taken back."""
+        """Write the job down as begun in *lane*, unless it was taken back or this worker is retiring."""
         ticket = task.tally.number + (task.batch[0] if task.batch else task.index)
         self._page[LANES + 2 * lane + 1] = time.monotonic_ns()
         self._page[LANES + 2 * lane] = ticket
-        if may_begin(self._page, ticket):
+        if may_begin(self._page, ticket) and not self._retirement.why:
             return True
         self._page[LANES + 2 * lane] = IDLE
         return False
@@ -243,6 +252,7 @@ class Lanes:
             busy,
             notes=notes,
             skipped=skipped,
+            leaving=self._retirement.why,
         )
 
     def _close_flusher(self) -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from jobq.claims import Claims
+from jobq.retirement import Retirement
 from jobq.wire import Answer, Block, Codec, Counted, Failure, Output, Totals
 
 #: How often the flusher looks, in seconds: "a few milliseconds".
@@ -239,11 +240,13 @@ class Outbox:
         many: bool,
         flusher: bool,
         refuse: Callable[[int, BaseException, Any], Failure],
+        retirement: Retirement | None = None,
     ) -> None:
         self._send = send
         self._refuse = refuse
         self._packer = packer
         self._many = many
+        self._retirement = retirement or Retirement()
         self._lock = threading.Lock()
         self._counters = Counters(emitted=[0] * routes)
         self.tally: Tally | None = None
@@ -323,7 +326,17 @@ class Outbox:
         counters.failed += len(failures)
         self._count_outputs(outputs)
         return Answer(
-            tally.number, final, settled, filtered, failures, outputs, counters.totals(), busy, ended, notes
+            tally.number,
+            final,
+            settled,
+            filtered,
+            failures,
+            outputs,
+            counters.totals(),
+            busy,
+            ended,
+            notes,
+            leaving=self._retirement.why,
         )
 
     def _pack(

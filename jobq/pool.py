@@ -1,4 +1,4 @@
-"""One stage's workers: start them, replace those that die, give up when that leads nowhere."""
+"""One stage's workers: start them, replace those that die or retire, give up when that leads nowhere."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ class Member:
     worker: Worker
     ready: bool = False
     closing: bool = False
+    left: int | None = None  # how many jobs (or batches) it may still be sent; None: any number
+    retiring: str = ""  # why it is told to end while the run goes on
     recalled: int = 0  # jobs that were taken back, and that the worker has not come past yet
     gone: bool = False
     registered: tuple[Waitable, ...] = ()
@@ -46,6 +48,11 @@ class Member:
     def load(self) -> int:
         """How many jobs it was sent and has not answered."""
         return self.pool.line.loads.get(self.worker.name, 0)
+
+    @property
+    def open(self) -> bool:
+        """Whether it may be given jobs, now or when those in hand are done."""
+        return self.ready and not self.closing and self.left != 0
 
     def tickets(self) -> list[int]:
         """Return the tickets of the jobs in hand, or that may be."""
@@ -115,7 +122,8 @@ class Pool:
         timeout = None if line.is_producer else line.node.stage.consumer.timeout
         grace = ASYNC_GRACE_SECONDS if line.node.signature.is_async and line.lanes > size else 0.0
         self.limit = None if timeout is None else timeout + grace
-        self.missing: list[int] = []  # places of workers that died and are not replaced yet
+        self._tasks = None if line.is_producer else line.node.stage.consumer.max_tasks_per_worker
+        self.missing: list[int] = []  # places of workers that have ended and are not replaced yet
         self.retry_at: float | None = None
         self._deaths = 0
         self._settled_at_death = 0
@@ -133,14 +141,13 @@ class Pool:
             else (f"{self.line.name}-{index + 1}.{self._serial - self.size + 1}")
         )
         worker = self._backend.start(name, recipe_name(self.line.name, index))
-        member = Member(self, index, worker)
+        member = Member(self, index, worker, left=self._tasks)
         self.members.append(member)
         self._started(member)
 
     def replace(self, index: int) -> None:
-        """Start a worker in the place *index* of one that died."""
+        """Start a worker in the place *index* of one that has ended."""
         self._start(index)
-        self.restarts += 1
 
     def remove(self, member: Member) -> None:
         """Forget a worker that has ended; its counts stay."""

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import random
 import signal
+import sys
 import threading
 import time
 import uuid
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from jobq.inlet import Inlet
     from jobq.observe.log import LogSettings
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(slots=True)
@@ -131,9 +132,10 @@ class Running:
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
         """
-        Let Ctrl-C and SIGTERM climb the ladder inside the ``with``; then they are as they were.
+        Let Ctrl-C, SIGTERM and SIGHUP climb the ladder inside the ``with``; then they are as they were.
 
-        Only the main thread may set handlers: in another, signals stay the program's own business.
+        One that is ignored stays so (``nohup``). Only the main thread may set handlers: in another, signals
+        stay the program's own business.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -244,7 +246,8 @@ def prepare(
     if problems:
         raise PipelineError(*problems)
     began = time.monotonic()
-    backend = backend_class(Plan(recipes, options.start_method, preload, daemon))  # type: ignore[call-arg]  # a Protocol has no constructor
+    plan = Plan(recipes, options.start_method, preload, daemon, _standard_input(graph, sizes))
+    backend = backend_class(plan)  # type: ignore[call-arg]  # a Protocol has no constructor
     try:
         watchers = Watchers(list(observers))
         forms = {node.stage.name: JsonForm(node.signature.item_type) for node in graph.consumers()}
@@ -256,6 +259,7 @@ def prepare(
             sizes,
             sink,
             watchers.tell,
+            timeout=options.timeout,
             shutdown_timeout=options.shutdown_timeout,
             failure_limit=options.failure_limit,
             letter=letters.make,
@@ -323,6 +327,22 @@ def _sizes(graph: Graph, options: RunOptions) -> dict[str, int]:
     if alike:
         raise PipelineError(*alike)
     return sizes
+
+
+def _standard_input(graph: Graph, sizes: Mapping[str, int]) -> dict[str, str]:
+    """Return for each producer's recipe why it can't have the program's standard input; "" if it has it."""
+    producers = [
+        f"{node.stage.name}/{n}" for node in graph.producers() for n in range(sizes[node.stage.name])
+    ]
+    why = ""
+    if len(producers) > 1:
+        why = (
+            f"one worker only could read standard input, and this run's producers have {len(producers)}"
+            " (--input - reads JSON lines in place of the producers)"
+        )
+    elif sys.stdin is not sys.__stdin__:
+        why = "the program has put something else in place of its sys.stdin, which other processes can't read"
+    return dict.fromkeys(producers, why)
 
 
 def _recipe(

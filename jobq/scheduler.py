@@ -511,7 +511,9 @@ class Scheduler:
     @staticmethod
     def _is_better_whole(line: Line, part: Part) -> bool:
         """Whether the part's jobs take less time than it costs to have two workers decode all of them."""
-        if line.batch is not None or not part.block.shared or line.service is None:
+        options = line.node.stage.consumer
+        counted = options.batch or options.rate or options.max_tasks_per_worker
+        if counted or not part.block.shared or line.service is None:
             return False
         return line.service * part.block.count < SHARE_SECONDS
 
@@ -619,7 +621,7 @@ class Scheduler:
             del line.flights[worker][answer.number]
             if flight.open:  # the worker says that it is through: these were never begun
                 self._landed(line, worker, flight, flight.open)
-                self.put_back(line, flight.parts(flight.open))
+                self.put_back(line, flight.parts(flight.open), solo=flight.solo)
 
     def _landed(self, line: Line, worker: str, flight: Flight, ranges: Ranges) -> None:
         """

@@ -101,14 +101,16 @@ class ConsumerOptions(Options):
     max_backoff: float = Field(default=60.0, ge=0)
     retry_on: tuple[type[BaseException], ...] = (Exception,)
     max_deliveries: int = Field(default=3, ge=1)
-    timeout: float | None = Field(default=None, gt=0)
-    rate: float | None = Field(default=None, gt=0)
+    timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     queue_size: int = Field(default=1000, ge=1)
     queue_bytes: int = Field(default=64 * 1024 * 1024, ge=1)
     ordered: bool = False
     key: Callable[[Any], str] | None = None
     validate_items: bool = Field(default=True, alias="validate")
     daemon: bool = True
+    max_tasks_per_worker: int | None = Field(default=None, ge=1)
+    max_memory: int | None = Field(default=None, ge=1)
     params: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("workers", mode="before")
@@ -176,10 +178,6 @@ def describe(stage: Stage | Resource) -> str:
     return f"{stage.name}() ({stage.location})"
 
 
-#: Options of the contract that no version has yet.
-NOT_YET = frozenset({"max_tasks_per_worker", "max_memory"})
-
-
 def read_options(model: type[Options], what: str, given: dict[str, Any]) -> Any:
     """
     Return *given* as a *model*; *what* names the declaration.
@@ -192,9 +190,7 @@ def read_options(model: type[Options], what: str, given: dict[str, Any]) -> Any:
         problems = []
         for problem in error.errors():
             name = ".".join(map(str, problem["loc"]))
-            if name in NOT_YET:
-                problems.append(f"{what}: option {name!r} is not built yet.")
-            elif problem["type"] == "extra_forbidden":
+            if problem["type"] == "extra_forbidden":
                 known = sorted(field.alias or key for key, field in model.model_fields.items())
                 problems.append(f"{what} has no option {name!r}; it has {', '.join(known)}.")
             else:

@@ -333,7 +333,8 @@ class Answer:
     answered whole, but for jobs that were taken back. For a producer ``settled`` counts items given under
     the grant, and ``ended`` says that there are no more.
     ``notes`` are what jobs said of their progress: ``(index, done, total)``. ``skipped`` jobs were not begun,
-    since they had been taken back.
+    since they had been taken back. ``leaving`` says why this worker begins no more jobs, if it doesn't:
+    those of which a final answer says nothing go to others.
     """
 
     number: int
@@ -347,6 +348,7 @@ class Answer:
     ended: bool = False
     notes: tuple[tuple[int, float | None, float | None], ...] = ()
     skipped: int = 0
+    leaving: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -627,7 +629,7 @@ def _pack_answer(answer: Answer, buffers: list[Buffer]) -> tuple[Any, ...]:
         [_fields(failure) for failure in answer.failures],
         outputs,
         (totals.done, totals.filtered, totals.failed, totals.emitted),
-        (answer.busy, answer.ended, answer.notes, answer.skipped),
+        (answer.busy, answer.ended, answer.notes, answer.skipped, answer.leaving),
     )
 
 

@@ -29,6 +29,7 @@ from jobq.errors import Interrupted, PayloadError, Skip, TimeLimitExceeded
 from jobq.failure import JsonForm, failure_of, pickling_hint, refusal, safe_repr, safe_text
 from jobq.locks import inside, join, joined
 from jobq.outbox import DONE, FAILED, FILTERED, ManyRoutes, NoTaker, OneRoute, Outbox, Packer, Piece, Tally
+from jobq.retirement import Retirement
 from jobq.shapes import shape_of
 from jobq.shared import Proxy
 from jobq.stage import Job, Resource, Shard, Stage
@@ -416,9 +417,10 @@ def _by_name(function: Function, name: str) -> Function:
 class Intake:
     """Decodes and validates a chunk's items."""
 
-    def __init__(self, recipe: StageRecipe, port: Port) -> None:
+    def __init__(self, recipe: StageRecipe, port: Port, retirement: Retirement) -> None:
         self._codec = port.codec
         self._page = port.page
+        self._retirement = retirement
         self._name = recipe.stage.name
         signature = recipe.signature
         self.form = JsonForm(signature.item_type)
@@ -464,6 +466,7 @@ class Intake:
         }
         for index, item in enumerate(items):
             if isinstance(item, Undecodable):
+                self._retirement.note(item.error)
                 why = f"{type(item.error).__name__}: {safe_text(item.error)}"
                 explained[index] = f"an item for {self._name}() could not be loaded: {why}"
         return explained
@@ -517,7 +520,8 @@ class Serial:
         self._page = port.page
         signature = recipe.signature
         self._giving = read_giving(recipe, port.codec)
-        self._intake = Intake(recipe, port)
+        self._retirement = retirement_of(recipe, port)
+        self._intake = Intake(recipe, port, self._retirement)
         self._outbox = Outbox(
             port.send,
             self._giving.packer,
@@ -525,6 +529,7 @@ class Serial:
             many=signature.many,
             flusher=recipe.flusher,
             refuse=self._refuse,
+            retirement=self._retirement,
         )
         self._caller = Caller(recipe, port, lambda: self._outbox.tally)
         self._awaiter = Awaiter()
@@ -533,6 +538,7 @@ class Serial:
         self._plain = (
             not (signature.many or signature.is_async or self._caller.wants_job or signature.batched)
             and recipe.stage.consumer.timeout is None
+            and not self._retirement.watches
         )
         #: A job that was claimed with others may be tried again although it has not begun: once more is fine.
         if self._plain and not self._nullable and self._giving.encode is None and recipe.flusher:
@@ -546,7 +552,8 @@ class Serial:
         self._chunk = order
         self._caller.prepare()
         tally = self._outbox.begin(order.number, alone=order.count == 1 and not self._recipe.signature.many)
-        if not may_begin(self._page, order.number):  # taken back whole: its sockets are another's now
+        # Not to be begun: its sockets are another's now, or soon.
+        if self._retirement.why or not may_begin(self._page, order.number):
             self._outbox.flush(final=True)
             return
         items, bad = self._intake.open(order)
@@ -562,6 +569,8 @@ class Serial:
             self._pace = (time.monotonic() - tally.began) / order.count
         else:
             self._each(order, items, bad, tally)
+        if self._retirement.watches:
+            self._retirement.look(time.monotonic_ns())
         # The page still shows the last job: until its answer has left, a death is charged to it.
         self._outbox.flush(final=True)
         self._page[LANES] = IDLE
@@ -590,6 +599,9 @@ class Serial:
                     outcomes.extend([DONE] * failed)
                 failed = len(outcomes)
                 self._failed(failed, error, items[failed], tally)
+                if self._retirement.why:
+                    claims.end(number + failed)
+                    return
             else:
                 if ignore:
                     outcomes.extend([DONE] * len(claim))  # the flusher may have shortened it
@@ -634,8 +646,11 @@ class Serial:
                     error = cannot_be_pickled(error, self._recipe)
                     given = unset
                 self._failed(page[LANES] - number, error, item, tally)
+                if self._retirement.why:
+                    return
 
     def _failed(self, index: int, error: BaseException, item: Any, tally: Tally) -> None:
+        self._retirement.note(error.__cause__ if isinstance(error, PayloadError) else error)
         outcome = outcome_of(error)
         if outcome is FAILED:
             self._tell(index, error)
@@ -660,9 +675,11 @@ class Serial:
     def _each(self, chunk: Chunk, items: list[Any], bad: Mapping[int, str], tally: Tally) -> None:
         page, number = self._page, chunk.number
         tally.marked = True
-        timeout = self._recipe.stage.consumer.timeout
+        timeout, retirement = self._recipe.stage.consumer.timeout, self._retirement
         for index, (item, (part, offset)) in enumerate(zip(items, places(chunk), strict=True)):
             began = time.monotonic_ns()
+            if index and (retirement.why or (retirement.watches and retirement.look(began))):
+                return  # never before the first job: each worker does at least one
             page[LANES + 1] = began  # before the ticket: the driver may take a job for younger, not for older
             page[LANES] = number + index
             if not may_begin(page, number + index):
@@ -750,6 +767,7 @@ class Serial:
             outcomes = [FILTERED if outcome is DONE else outcome for outcome in outcomes]
         except BaseException as error:  # the job's, whatever it is
             self._tell(last, error)
+            self._retirement.note(error)
             tally.failures += [
                 self._failure(index, error, item, self._retry_on)
                 for index, item in enumerate(items)
@@ -774,6 +792,11 @@ class Serial:
 def is_first_try(chunk: Chunk) -> bool:
     """Whether no job of several has been in hand when a worker died: which one it was is then to be known."""
     return chunk.count > 1 and all(part.delivery == 1 for part in chunk.parts)
+
+
+def retirement_of(recipe: StageRecipe, port: Port) -> Retirement:
+    """Return when a worker is to be replaced; how much memory only a process of its own can tell."""
+    return Retirement(None if port.codec.by_reference else recipe.stage.consumer.max_memory)
 
 
 def places(chunk: Chunk) -> Iterator[tuple[Part, int]]:

@@ -30,6 +30,7 @@ LAYERS = (
         "outbox",
         "policy",
         "results",
+        "retirement",
         "scheduler",
     },
     {"inlet", "inputs", "keeper", "lanes", "letters", "listener", "locks", "replay", "shared", "work"},

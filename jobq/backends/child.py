@@ -176,6 +176,7 @@ def main(
     ends: Ends,
     *,
     daemon: bool,
+    stdin: str | None = None,
     preload: Preload | None = None,
     recipe: Recipe | None = None,
     inherited: Iterable[io.IOBase] = (),
@@ -188,6 +189,7 @@ def main(
     """
     try:
         set_up(ends.lifeline.fd, daemon=daemon)
+        set_standard_input(stdin)
         port = ChannelPort(ends)
         if recipe is None:
             try:
@@ -223,6 +225,41 @@ def set_up(lifeline: int, *, daemon: bool) -> None:
     # The driver starts every worker as a daemon, since it ends them itself; what multiprocessing
     # allows *in* the worker is decided here.
     multiprocessing.current_process()._config["daemon"] = daemon  # type: ignore[attr-defined]
+
+
+def set_standard_input(stdin: str | None) -> None:
+    """
+    Let `sys.stdin` be the program's (""), be empty (None), or raise *stdin* when it is read.
+
+    Whoever doesn't have it doesn't hold it either: a program that a job starts would read it.
+    """
+    original = sys.__stdin__
+    if original is None:  # there was none: the number may be any file's
+        return
+    if stdin == "":
+        # multiprocessing has closed the object, not the descriptor.
+        sys.stdin = open(0, encoding=original.encoding, errors=original.errors, closefd=False)  # noqa: SIM115
+        return
+    nowhere = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nowhere, 0)
+    os.close(nowhere)
+    if stdin is not None:
+        sys.stdin = io.TextIOWrapper(io.BufferedReader(NoInput(stdin)))
+
+
+class NoInput(io.RawIOBase):
+    """A file that raises `OSError` with a given text when it is read."""
+
+    def __init__(self, why: str) -> None:
+        self._why = why
+
+    def readable(self) -> bool:
+        """Say that it can be read, so that reading says what is wrong."""
+        return True
+
+    def readinto(self, _: object) -> NoReturn:
+        """Raise."""
+        raise OSError(self._why)
 
 
 def die_with(lifeline: int) -> None:

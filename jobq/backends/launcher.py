@@ -54,7 +54,11 @@ class Launcher:
     def start(self, name: str, recipe: str, descriptors: list[int]) -> Launched:
         """Start a process that owns *descriptors* (inbox, outbox, page); its recipe comes by the inbox."""
         ends = child.Ends(*map(child.Descriptor, (*descriptors, self._broken)))
-        options = {"daemon": self._plan.daemon.get(recipe, True), "preload": self._plan.preload}
+        options = {
+            "daemon": self._plan.daemon.get(recipe, True),
+            "stdin": self._plan.stdin.get(recipe),
+            "preload": self._plan.preload,
+        }
         # Nothing large in the arguments: `start` would wait for ever if the child died before reading them.
         process = self._process(target=child.main, args=(ends,), kwargs=options, name=name, daemon=True)
         self._make_sure_of_room()

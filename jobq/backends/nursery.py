@@ -415,6 +415,7 @@ class _Keeper:
             ends = child.Ends(*map(child.Descriptor, (*fds[:3], self._lifeline)))
             options = {
                 "daemon": self._plan.daemon.get(recipe, True),
+                "stdin": self._plan.stdin.get(recipe),
                 "recipe": self._plan.recipes[recipe],
                 "inherited": self._files,
             }

@@ -94,6 +94,10 @@ def _in_a_folder(_: click.Context, __: click.Parameter, given: Path | None) -> P
     help="Dead letters as JSON lines.  [default: PIPELINE-RUNID.dead.jsonl]",
 )  # fmt: skip
 @_option(
+    "--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS",
+    help="How long the run may take; then it gives up, and what is unfinished is cancelled.",
+)  # fmt: skip
+@_option(
     "--shutdown-timeout", type=click.FloatRange(min=0), metavar="SECONDS",
     help="How long a stop may take to finish what was begun.  [default: 30]",
 )  # fmt: skip

@@ -37,6 +37,7 @@ class LogObserver:
         self._failed = 0
         self._retried = 0
         self._cancelled = 0
+        self._retired = 0
         self._tracebacks: set[str] = set()
 
     def __call__(self, event: Event) -> None:
@@ -64,10 +65,11 @@ class LogObserver:
                     worker=event.worker,
                     given=event.given,
                 )
-            case WorkerStarted() | WorkerEnded():
-                verb = "started" if isinstance(event, WorkerStarted) else "ended"
-                text = f"{_worker(event.stage, event.worker, event.pid)} {verb}"
+            case WorkerStarted():
+                text = f"{_worker(event.stage, event.worker, event.pid)} started"
                 self._say("debug", text, stage=event.stage, worker=event.worker, pid=event.pid)
+            case WorkerEnded():
+                self._left(event)
 
     def _say(self, level: str, sentence: str, /, **said: Any) -> None:
         getattr(self._log, level)(sentence, **{SAID: said})
@@ -89,6 +91,17 @@ class LogObserver:
             job=event.job,
             attempt=event.attempt,
             error=event.error,
+        )
+
+    def _left(self, event: WorkerEnded) -> None:
+        self._retired += bool(event.why)
+        self._say(
+            "info" if event.why and self._retired <= TOLD_IN_FULL else "debug",
+            f"{_worker(event.stage, event.worker, event.pid)} ended"
+            + (f" and is replaced: {event.why}" if event.why else ""),
+            stage=event.stage,
+            worker=event.worker,
+            pid=event.pid,
         )
 
     def _dead(self, letter: DeadLetter, worker: str, item: str | None) -> None:
