@@ -140,7 +140,7 @@ class Lanes:
         """Write down how a call ended: one job, or all jobs of a batch."""
         if outcome is not RECALLED:
             self._retirement.note(error.__cause__ if isinstance(error, PayloadError) else error)
-            self._retirement.look(time.monotonic_ns())
+            self._retirement.look(now := time.monotonic_ns(), now - int(busy * 1e9))
         for index in task.batch or (task.index,):
             last = index == task.index
             item = task.item[task.batch.index(index)] if task.batch else task.item

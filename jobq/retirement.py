@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-#: `Retirement.look` reads how much memory is used at most so often, in nanoseconds: reading takes some 10 us.
+#: After jobs that take less than so many nanoseconds there is a look only so often: one takes some 10 us.
 LOOK_NS = 1_000_000
 
 
@@ -28,9 +28,10 @@ class Retirement:
         if isinstance(error, MemoryError):
             self.why = "a job failed with MemoryError"
 
-    def look(self, now: int) -> bool:
-        """Retire if the process has more memory than it may, by a look at most every millisecond."""
-        if self.watches and not self.why and now - self._looked >= LOOK_NS:
+    def look(self, now: int, began: int) -> bool:
+        """Retire if the process has more memory than it may, after a job (or several) that *began* then."""
+        recent = now - self._looked < LOOK_NS and began >= self._looked
+        if self.watches and not self.why and not recent:
             self._looked = now
             used = resident()
             if used > self._max_memory:

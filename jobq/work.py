@@ -570,7 +570,7 @@ class Serial:
         else:
             self._each(order, items, bad, tally)
         if self._retirement.watches:
-            self._retirement.look(time.monotonic_ns())
+            self._retirement.look(now := time.monotonic_ns(), now)
         # The page still shows the last job: until its answer has left, a death is charged to it.
         self._outbox.flush(final=True)
         self._page[LANES] = IDLE
@@ -678,7 +678,7 @@ class Serial:
         timeout, retirement = self._recipe.stage.consumer.timeout, self._retirement
         for index, (item, (part, offset)) in enumerate(zip(items, places(chunk), strict=True)):
             began = time.monotonic_ns()
-            if index and (retirement.why or (retirement.watches and retirement.look(began))):
+            if index and (retirement.why or (retirement.watches and retirement.look(began, began))):
                 return  # never before the first job: each worker does at least one
             page[LANES + 1] = began  # before the ticket: the driver may take a job for younger, not for older
             page[LANES] = number + index
