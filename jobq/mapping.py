@@ -42,7 +42,7 @@ def map(  # noqa: A001  # the contract's name: jobq.map
     Lazy on both sides: nothing starts before the first ``next()``, and *items* (which may be endless) is read
     only so far ahead as the stage's queue holds. One output for each input, in order unless *ordered* is
     False. An item that fails raises at its turn and ends the run; leaving the loop stops it. *options* are
-    those of a consumer (``workers=``, ``concurrency=``, …) and of a run (``backend=``, …).
+    those of a consumer (``workers=``, ``timeout=`` for one item, …) and of a run (``backend=``, …).
     """
     stage = {name: options.pop(name) for name in list(options) if name in _CONSUMER_OPTIONS}
     mapped = MappedAsync(function) if inspect.iscoroutinefunction(function) else Mapped(function)

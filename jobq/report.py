@@ -13,7 +13,8 @@ class StageCounts(BaseModel):
     One stage's books.
 
     In a finished run ``received = done + filtered + dead + cancelled`` (``filtered`` includes
-    ``duplicates``). A producer receives what it gives.
+    ``duplicates``). A producer receives what it gives. ``worker_restarts`` are workers that died and were
+    replaced; those that were replaced by plan are not among them.
     """
 
     received: int = 0

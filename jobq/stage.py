@@ -90,7 +90,13 @@ class ProducerOptions(Options):
 
 
 class ConsumerOptions(Options):
-    """Options of ``@pipeline.consumer``; times in seconds, sizes in items and bytes."""
+    """
+    Options of ``@pipeline.consumer``; times in seconds, sizes in items and bytes.
+
+    ``max_tasks_per_worker``: a worker is replaced after so many jobs (or batches). ``max_memory``: so is a
+    process that has more resident bytes, what it shares with its program included, after the job in hand;
+    threads have no memory of their own, and are not.
+    """
 
     workers: int = Field(default=1, ge=1)
     concurrency: int = Field(default=1, ge=1)

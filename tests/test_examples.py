@@ -55,7 +55,9 @@ def session_members(session: int) -> list[str]:
         except OSError:  # it ended while we looked
             continue
         pid, _, rest = text.partition(" ")
-        if int(rest.rpartition(")")[2].split()[3]) == session != int(pid):
+        state, parent, _, its_session = rest.rpartition(")")[2].split()[:4]
+        ended = state == "Z" and parent == "1"  # only the system has not heard of it yet
+        if int(its_session) == session != int(pid) and not ended:
             members.append(text)
     return members
 

@@ -318,12 +318,24 @@ def test_a_lost_worker_is_named_with_what_becomes_of_its_item(stream: io.StringI
         (ProducerEnded("rows", "rows-1", 1310), "debug    jobq: producer rows ended after 1,310 items"),
         (WorkerStarted("parse", "parse-1", 9), "debug    jobq: worker 1 of stage parse (pid 9) started"),
         (WorkerEnded("parse", "parse-1", 9), "debug    jobq: worker 1 of stage parse (pid 9) ended"),
+        (
+            WorkerEnded("parse", "parse-1", 9, "it has had enough"),
+            "info     jobq: worker 1 of stage parse (pid 9) ended and is replaced: it has had enough",
+        ),
         (STARTED, "info     jobq: run r1 of zoo started: rows → parse (backend pipe, fork)"),
         (ENDED, "info     jobq: run r1 ended after 2.0 s"),
     ],
 )
 def test_an_event_is_a_sentence(stream: io.StringIO, event: Event, said: str) -> None:
     assert console(stream, event) == [said]
+
+
+def test_ten_retirements_are_told_and_the_rest_is_for_who_looks_closer(stream: io.StringIO) -> None:
+    retired = [WorkerEnded("parse", f"parse-1.{n}", 9, "it has had enough") for n in range(50)]
+
+    levels = [line.split()[0] for line in console(stream, *retired)]
+
+    assert levels == ["info"] * 10 + ["debug"] * 40
 
 
 def test_ten_failures_are_told_with_traceback_and_the_rest_is_counted(stream: io.StringIO) -> None:

@@ -1483,7 +1483,8 @@ def test_inline_no_more_items_wait_than_the_queue_holds() -> None:
 
 
 def test_a_run_leaves_signal_handlers_as_they_were(backend: str) -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)]
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
+    before = [signal.getsignal(number) for number in numbers]
     pipeline = ints(1)
 
     @pipeline.consumer
@@ -1491,7 +1492,7 @@ def test_a_run_leaves_signal_handlers_as_they_were(backend: str) -> None:
 
     run(pipeline, backend)
 
-    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)] == before
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 def test_a_run_beside_other_threads_works(backend: str) -> None:

@@ -565,6 +565,17 @@ def test_where_several_were_in_hand_each_is_tried_alone_and_uncharged() -> None:
     assert world.nothing_for("a")  # it is tried alone
 
 
+def test_one_that_is_tried_alone_and_comes_back_unbegun_is_tried_alone_again() -> None:
+    world = World(declare((end, {"max_deliveries": 1})))
+    world.give(*range(4))
+    chunk = world.take()
+    world.lose("w", chunk.number, chunk.number + 2)
+
+    world.answer(world.take(worker="a"), worker="a", settled=())
+
+    assert [world.take(worker=worker).count for worker in "bc"] == [1, 1]
+
+
 def test_where_several_chunks_were_in_hand_nobody_is_charged_either() -> None:
     world = World(declare((end, {"max_deliveries": 1})))
     world.give(*range(4))
