@@ -42,11 +42,11 @@ STOPPING = 2
 DECODING = 3
 #: Word 4, the worker's: where the claim ends that begins with the ticket in hand (`jobq.claims`), or IDLE.
 CLAIMED = 4
-#: From word 5 on, two for each lane, the worker's: the ticket in hand or IDLE, and when it began
-#: (`time.monotonic_ns`; only where the stage has a time limit).
+#: From word 5 on, two for each lane, the worker's: the ticket in hand, or `past` the last one, or IDLE; and
+#: when it began (`time.monotonic_ns`; only where the stage has a time limit).
 LANES = 5
 
-#: Ticket in hand: nothing.
+#: Ticket in hand: nothing, and nothing was.
 IDLE = -1
 #: The limit word's value when nothing is taken back. Small, since it is read before each job.
 NO_LIMIT = -1
@@ -56,6 +56,15 @@ def may_begin(page: Page, ticket: int) -> bool:
     """Return whether the job with this *ticket* was not taken back; its lane shows the ticket already."""
     limit = page[LIMIT]
     return limit == NO_LIMIT or ticket < limit
+
+
+def past(ticket: int) -> int:
+    """
+    Return what a lane's word is when *ticket* is not in hand any more; the inverse of itself.
+
+    Who takes jobs back has to know which were begun, though their answer may still be under way.
+    """
+    return -2 - ticket
 
 
 def page_words(lanes: int) -> int:
@@ -255,5 +264,5 @@ def serve(recipe: Recipe, port: Port) -> None:
 __all__: Sequence[str] = [
     "DECODING", "HINT", "IDLE", "LANES", "LIMIT", "NO_LIMIT", "STOPPING",
     "Backend", "Page", "Plan", "Port", "Preload", "Recipe", "Waitable", "Work", "Worker",
-    "blank_page", "page_words", "serve",
+    "blank_page", "page_words", "past", "serve",
 ]  # fmt: skip

@@ -731,8 +731,8 @@ class Driver:
             if not member.ready or member.load <= lanes or not member.has_more_to_give_back:
                 continue
             self._checks[name] = now + SLOW_SECONDS
-            begun = max(member.tickets(), default=-1)
-            if begun < 0 or begun != member.sample:
+            begun = member.begun()
+            if not member.tickets() or begun != member.sample:
                 member.sample, member.sampled_at = begun, now
             elif now - member.sampled_at >= SLOW_SECONDS:
                 self._take_back(member)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from jobq.backend import IDLE, LANES, Port, may_begin
+from jobq.backend import LANES, Port, may_begin, past
 from jobq.errors import PayloadError, TimeLimitExceeded
 from jobq.failure import failure_of, refusal
 from jobq.locks import inside
@@ -159,11 +159,12 @@ class Lanes:
     def _may_begin(self, lane: int, task: Task) -> bool:
         """Write the job down as begun in *lane*, unless it was taken back or this worker is retiring."""
         ticket = task.tally.number + (task.batch[0] if task.batch else task.index)
+        before = self._page[LANES + 2 * lane]
         self._page[LANES + 2 * lane + 1] = time.monotonic_ns()
         self._page[LANES + 2 * lane] = ticket
         if may_begin(self._page, ticket) and not self._retirement.why:
             return True
-        self._page[LANES + 2 * lane] = IDLE
+        self._page[LANES + 2 * lane] = before
         return False
 
     def _outcome(self, given: Any) -> Any:
@@ -310,7 +311,7 @@ class ThreadLanes(Lanes):
             self._conclude(task, RECALLED, None, 0.0)
             return
         self._do_opened(caller, self._opened(task))
-        self._page[LANES + 2 * lane] = IDLE
+        self._page[LANES + 2 * lane] = past(self._page[LANES + 2 * lane])
 
     def _do_opened(self, caller: Caller, task: Task | None) -> None:
         if task is None:
@@ -381,7 +382,7 @@ class AsyncLanes(Lanes):
         opened = self._opened(task)
         if opened is not None:
             await self._do_opened(opened)
-        self._page[LANES + 2 * lane] = IDLE
+        self._page[LANES + 2 * lane] = past(self._page[LANES + 2 * lane])
         self._free.append(lane)
         self._fill()
 

@@ -7,7 +7,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from jobq.backend import CLAIMED, DECODING, IDLE, LANES, LIMIT, NO_LIMIT, STOPPING, Backend, Waitable, Worker
+from jobq.backend import (
+    CLAIMED,
+    DECODING,
+    IDLE,
+    LANES,
+    LIMIT,
+    NO_LIMIT,
+    STOPPING,
+    Backend,
+    Waitable,
+    Worker,
+    past,
+)
 from jobq.wire import Totals
 
 if TYPE_CHECKING:
@@ -61,13 +73,22 @@ class Member:
             first = page[LANES]
             if page[CLAIMED] == claimed:  # else the worker has gone on between the two
                 return list(range(first, claimed))
-        return [ticket for ticket in (page[word] for word in range(LANES, len(page), 2)) if ticket != IDLE]
+        return [ticket for ticket in (page[word] for word in range(LANES, len(page), 2)) if ticket >= 0]
+
+    def begun(self) -> int:
+        """Return the last ticket that was begun, in hand or not, or that may be; IDLE: none was."""
+        page = self.worker.page
+        claimed = page[CLAIMED]
+        if claimed != IDLE:
+            return claimed - 1
+        tickets = [page[word] for word in range(LANES, len(page), 2)]
+        return max([ticket if ticket >= 0 else past(ticket) for ticket in tickets])
 
     def ages(self, now: int) -> list[tuple[int, int]]:
         """Return the tickets in hand, and for how many nanoseconds each has been."""
         page = self.worker.page
         lanes = [(page[word], now - page[word + 1]) for word in range(LANES, len(page), 2)]
-        return [(ticket, age) for ticket, age in lanes if ticket != IDLE]
+        return [(ticket, age) for ticket, age in lanes if ticket >= 0]
 
     def loads_since(self, now: int) -> int:
         """Return since when it was seen to load the items that it loads now, in nanoseconds."""
@@ -89,12 +110,12 @@ class Member:
     def stop_beginning(self) -> int:
         """Keep the worker from beginning more jobs; return the first ticket that it will not begin."""
         page = self.worker.page
-        begun = max(self.tickets(), default=IDLE)
+        begun = self.begun()
         page[LIMIT] = begun + 1
         # The worker writes its ticket, then reads the limit; we write the limit, then read the ticket. A
         # system call between the two lets our store be seen first, so one of us notices the other.
         os.sched_yield()
-        return max(begun, max(self.tickets(), default=IDLE)) + 1
+        return max(begun, self.begun()) + 1
 
     def allow_all(self) -> None:
         """Lift the limit, once everything that was taken back has been answered."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import random
 import signal
 import sys
@@ -214,6 +215,9 @@ def prepare(
         key: node.stage.consumer.concurrency if node.stage.kind == "consumer" and own_thread else 1
         for key, node in graph.nodes.items()
     }
+    if any(count > 1 for count in lanes.values()):
+        # Imported once, not by every worker that is forked: it brings asyncio.
+        importlib.import_module("jobq.lanes")
     run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     place = uuid.uuid4().hex
     recipes: dict[str, Recipe] = {

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from jobq import faults
 from jobq.annotations import Signature, read_signature, spell
-from jobq.backend import DECODING, HINT, IDLE, LANES, LIMIT, STOPPING, Port, Work, may_begin
+from jobq.backend import DECODING, HINT, IDLE, LANES, LIMIT, STOPPING, Port, Work, may_begin, past
 from jobq.claims import CLAIM_JOBS, QUICK_SECONDS, Claims
 from jobq.errors import Interrupted, PayloadError, Skip, TimeLimitExceeded
 from jobq.failure import JsonForm, failure_of, pickling_hint, refusal, safe_repr, safe_text
@@ -573,7 +573,7 @@ class Serial:
             self._retirement.look(now := time.monotonic_ns(), now)
         # The page still shows the last job: until its answer has left, a death is charged to it.
         self._outbox.flush(final=True)
-        self._page[LANES] = IDLE
+        self._page[LANES] = past(self._page[LANES])
 
     def _quick(self, number: int, items: list[Any], tally: Tally, claims: Claims) -> None:
         """Do jobs that took next to no time until now, a claim at a time."""
