@@ -80,6 +80,18 @@ class Cancelled:
     unloadable: set[int] = field(default_factory=set)
 
 
+class Clock(Protocol):
+    """What tells the time: the module `time`, or a simulation's clock."""
+
+    def monotonic(self) -> float:
+        """Return seconds that only grow."""
+        ...
+
+    def monotonic_ns(self) -> int:
+        """Return the same in nanoseconds."""
+        ...
+
+
 class Desk(Protocol):
     """Somebody whom the loop has to let work whenever ``fd`` is readable (-1: never)."""
 
@@ -123,6 +135,8 @@ class Driver:
         inlet: Inlet | None = None,
         desk: Desk | None = None,
         keeper: str | None = None,
+        clock: Clock = time,
+        selector: selectors.BaseSelector | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.sink = sink
@@ -135,9 +149,10 @@ class Driver:
         self._shutdown_timeout = shutdown_timeout
         self._failure_limit = failure_limit
         self._ticking = ticking
-        self._began = time.monotonic()
+        self._clock = clock
+        self._began = clock.monotonic()
         self._next_tick = self._began
-        self._selector = selectors.DefaultSelector()
+        self._selector = selectors.DefaultSelector() if selector is None else selector
         self._sink_watched: Waitable | None = None
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
@@ -258,7 +273,7 @@ class Driver:
 
     def _advance(self) -> None:
         """Do everything that can be done now."""
-        now = time.monotonic()
+        now = self._clock.monotonic()
         while self._requested:
             self._escalate(self._requested.pop(0), now)
         while self._calls:
@@ -294,7 +309,7 @@ class Driver:
 
     def _patience(self) -> float | None:
         """Return the seconds until something is due by itself; None: nothing is."""
-        due, now = self.ending.deadline, time.monotonic()
+        due, now = self.ending.deadline, self._clock.monotonic()
         if not self._closing:
             for pool in self._consumers:
                 line = pool.line
@@ -387,7 +402,7 @@ class Driver:
             self._lost(member, str(broken), spoilt=isinstance(broken, SpoiltChannel))
 
     def _settle(self, line: Line, member: Member, answer: Answer) -> None:
-        scheduler, now, target = self.scheduler, time.monotonic(), line.target
+        scheduler, now, target = self.scheduler, self._clock.monotonic(), line.target
         member.totals = answer.totals
         if line.is_producer:
             scheduler.settle_grant(line, member.worker.name, answer, now)
@@ -495,16 +510,16 @@ class Driver:
         elif member.overdue:
             seconds = line.node.stage.consumer.timeout or 0.0
             reason = f"was stopped: its job took longer than {seconds:g} s"
-            self.scheduler.overran(line, name, member.overdue, seconds, time.monotonic())
-            back = self.scheduler.lost(line, name, (), None, reason, time.monotonic())
+            self.scheduler.overran(line, name, member.overdue, seconds, self._clock.monotonic())
+            back = self.scheduler.lost(line, name, (), None, reason, self._clock.monotonic())
         elif stopped:  # by us: nobody is to blame
             if decoding in line.flights.get(name, {}):
                 parts = line.flights[name][decoding].chunk.parts
                 numbers = {part.first + i for part in parts for i in range(part.block.count)}
                 self._unloadable.setdefault(line.name, set()).update(numbers)
-            self.scheduler.lost(line, name, (), None, reason, time.monotonic())
+            self.scheduler.lost(line, name, (), None, reason, self._clock.monotonic())
         else:
-            back = self.scheduler.lost(line, name, tickets, decoding, reason, time.monotonic())
+            back = self.scheduler.lost(line, name, tickets, decoding, reason, self._clock.monotonic())
         if not stopped:
             self._tell(
                 events.WorkerLostEvent(line.name, name, member.worker.pid, reason, jobs, back, *deliveries)
@@ -548,7 +563,7 @@ class Driver:
                 pool.missing.pop()
             pool.retry_at = None
         except OSError:
-            pool.retry_at = time.monotonic() + RETRY_SECONDS
+            pool.retry_at = self._clock.monotonic() + RETRY_SECONDS
         except BackendUnavailable as error:
             if not pool.members:
                 self._give_up(f"stage {pool.line.name}: no worker can be started: {error}")
@@ -655,7 +670,7 @@ class Driver:
             self._watch(member)
             pool = member.pool
             if pool.limit is not None and pool.look_at is None:
-                pool.look_at = time.monotonic() + pool.limit
+                pool.look_at = self._clock.monotonic() + pool.limit
         return chunk
 
     def _grant(self, pool: Pool) -> None:
@@ -701,7 +716,7 @@ class Driver:
         """Stop workers whose jobs are over their time limit; look again when the next can be."""
         assert pool.limit is not None
         limit = round(pool.limit * 1e9)
-        soonest, now = limit, time.monotonic_ns()
+        soonest, now = limit, self._clock.monotonic_ns()
         for member in pool.members:
             if member.overdue or not member.ready or not member.load:
                 continue
@@ -737,7 +752,7 @@ class Driver:
     def stats(self) -> dict[str, StageCounts]:
         """Return every stage's counts, with all that was submitted until now. In the driver's thread."""
         if self.inlet is not None and not self._closing:
-            self._let_in(self.inlet, time.monotonic())
+            self._let_in(self.inlet, self._clock.monotonic())
         return self.counts()
 
     def pause(self) -> None:
@@ -755,7 +770,7 @@ class Driver:
     def withdraw(self, root: int) -> bool:
         """Cancel a submitted item whose job has not begun; return whether it could be. Driver's thread."""
         if self.inlet is not None:
-            self._let_in(self.inlet, time.monotonic())
+            self._let_in(self.inlet, self._clock.monotonic())
         if self.scheduler.withdraw(root):
             self._tell_fates()
             return True
@@ -794,7 +809,7 @@ class Driver:
     def _halt(self) -> None:
         """Start nothing new: jobs in progress finish, the rest will be cancelled."""
         self.ending.halted = True
-        self.ending.since = time.monotonic()
+        self.ending.since = self._clock.monotonic()
         for pool in self.pools.values():
             pool.stop_giving()
             for member in list(pool.members):
@@ -842,7 +857,7 @@ class Driver:
 
     def _kill_all(self) -> None:
         self.ending.killed = True
-        self.ending.deadline = time.monotonic() + KILL_GRACE_SECONDS
+        self.ending.deadline = self._clock.monotonic() + KILL_GRACE_SECONDS
         for pool in self.pools.values():
             pool.stop_giving()  # a thread can't be killed, but its job may look
             pool.kill()

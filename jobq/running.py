@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import random
+import selectors
 import signal
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from jobq import backends, events
 from jobq.annotations import read_signature
 from jobq.backend import Backend, Plan, Preload, Recipe
-from jobq.driver import KILL, STOP, Driver
+from jobq.driver import KILL, STOP, Clock, Driver
 from jobq.errors import PipelineError
 from jobq.failure import JsonForm
 from jobq.graph import Edge, Graph, Node, Route, bind, find_by_name_problems
@@ -26,6 +27,7 @@ from jobq.letters import Letters, cannot_be_loaded
 from jobq.locks import open_desk
 from jobq.options import RunOptions
 from jobq.outcome import Outcome
+from jobq.policy import Uniform
 from jobq.report import Report
 from jobq.results import Collect, Sink
 from jobq.scheduler import Scheduler
@@ -55,6 +57,17 @@ class Watchers:
                 self.observers.remove(observer)
 
 
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a run needs of the computer that it is on: a simulation has one of its own."""
+
+    backend: type[Backend]
+    clock: Clock = time
+    selector: selectors.BaseSelector | None = None
+    chance: Uniform = field(default_factory=random.Random)
+    run_id: str = ""
+
+
 @dataclass(slots=True)
 class Running:
     """One run, ready to be driven: by `Driver.run` in this thread, or step by step by whoever waits."""
@@ -69,6 +82,7 @@ class Running:
     letters: Letters
     watchers: Watchers
     began: float
+    clock: Clock
     file: events.Observer | None = None
 
     def conclude(self) -> Outcome:
@@ -85,7 +99,7 @@ class Running:
             for event in self.letters.still_encoded() if hurried else self.letters.decoded(codec):
                 self.file(event)
         counts = driver.counts()
-        seconds = time.monotonic() - self.began
+        seconds = self.clock.monotonic() - self.began
         self.watchers.tell(events.RunEnded(self.id, seconds, counts))
         ending, imbalance = driver.ending, driver.imbalance()
         stopped = ending.signal if ending.level and ending.interrupted else None
@@ -162,6 +176,7 @@ def prepare(
     make_inlet: Callable[[Graph, Codec], Inlet] | None = None,
     source: Source | None = None,
     on_error: OnError | None = None,
+    machine: Machine | None = None,
 ) -> Running:
     """
     Return a run that is ready to start: no worker exists yet.
@@ -169,7 +184,9 @@ def prepare(
     Its producers don't run with *make_inlet* (items come through the inlet), nor with *source*.
     Raises `PipelineError` for whatever can be known to be wrong before, `BackendUnavailable`.
     """
-    backend_class = backends.load(options.backend)
+    if machine is None:
+        machine = Machine(backends.load(options.backend))
+    backend_class = machine.backend
     if source is None and options.input is not None:
         source = input_source(options.input, graph)
     values = bind(graph, parameters, texts, producers=source is None and make_inlet is None)
@@ -184,7 +201,7 @@ def prepare(
         key: node.stage.consumer.concurrency if node.stage.kind == "consumer" and own_thread else 1
         for key, node in graph.nodes.items()
     }
-    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+    run_id = machine.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     place = uuid.uuid4().hex
     recipes: dict[str, Recipe] = {
         f"{key}/{index}": _recipe(
@@ -215,7 +232,7 @@ def prepare(
     problems = find_by_name_problems(graph, backend_class.resolve(options.start_method))
     if problems:
         raise PipelineError(*problems)
-    began = time.monotonic()
+    began = machine.clock.monotonic()
     backend = backend_class(Plan(recipes, options.start_method, preload, daemon))  # type: ignore[call-arg]  # a Protocol has no constructor
     try:
         watchers = Watchers(list(observers))
@@ -223,7 +240,7 @@ def prepare(
         letters = Letters(run_id, name, target, forms)
 
         driver = Driver(
-            Scheduler(graph, sizes, lanes, random.Random()),
+            Scheduler(graph, sizes, lanes, machine.chance),
             backend,
             sizes,
             sink,
@@ -235,12 +252,16 @@ def prepare(
             inlet=make_inlet(graph, backend.codec) if make_inlet is not None else None,
             desk=open_desk(place, threads=backend.codec.encode(place) is place),
             keeper=RECIPE if kept else None,
+            clock=machine.clock,
+            selector=machine.selector,
         )
         driver.scheduler.fed = make_inlet is not None
     except BaseException:
         backend.close()
         raise
-    running = Running(run_id, name, graph, options, backend, driver, sink, letters, watchers, began)
+    running = Running(
+        run_id, name, graph, options, backend, driver, sink, letters, watchers, began, machine.clock
+    )
     if options.dead_letters is not None:
         from jobq.observe.dead_file import DeadLetterFile
 
