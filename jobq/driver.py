@@ -311,18 +311,13 @@ class Driver:
         """Return the seconds until something is due by itself; None: nothing is."""
         due, now = self.ending.deadline, self._clock.monotonic()
         if not self._closing:
+            giving = not (self.ending.halted or self.paused)
             for pool in self._consumers:
-                line = pool.line
-                if pool.call_at is not None:
-                    due = min(due, pool.call_at)
                 if pool.retry_at is not None:
                     due = min(due, pool.retry_at)
-                delayed = self.scheduler.next_due(line)
-                if delayed is not None:
-                    due = min(due, delayed)
-                if line.batch is not None and line.oldest is not None:
-                    due = min(due, line.oldest + line.node.stage.consumer.batch_timeout)
-            for at in self._checks.values():
+                if giving:
+                    due = min(due, self._gives_at(pool, now))
+            for at in self._checks.values() if giving else ():
                 due = min(due, at)
             for pool in self._limited:
                 if pool.look_at is not None:
@@ -332,6 +327,18 @@ class Driver:
         if self._ticking:
             due = min(due, self._next_tick)
         return None if due == math.inf else max(0.0, due - now)
+
+    def _gives_at(self, pool: Pool, now: float) -> float:
+        """Return when there will be something to give out, though nobody says anything until then."""
+        line, at = pool.line, math.inf if pool.call_at is None else pool.call_at
+        delayed = self.scheduler.next_due(line)
+        if delayed is not None:
+            at = min(at, delayed)
+        if line.batch is not None and line.oldest is not None:
+            overdue = line.oldest + line.node.stage.consumer.batch_timeout
+            if overdue > now:  # else it waits for a worker, or for room: whoever brings that wakes us
+                at = min(at, overdue)
+        return at
 
     def _drain_wakeups(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -702,6 +709,8 @@ class Driver:
         for member in pool.members:
             if not member.ready or member.load <= lanes or not member.has_more_to_give_back:
                 continue
+            if line.batch is not None and len(line.flights[member.worker.name]) == 1:
+                continue  # one call: nothing lies behind it
             self._checks[name] = now + SLOW_SECONDS
             begun = max(member.tickets(), default=-1)
             if begun < 0 or begun != member.sample:
@@ -873,12 +882,14 @@ class Driver:
             self._stop_now()
 
     def _cancel_rest(self) -> None:
-        for line in self.scheduler.lines.values():
-            if not line.is_producer:
-                parts = self.scheduler.cancel(line)
+        lines = [pool.line for pool in self._consumers]
+        while any(line.unsettled for line in lines):  # what an ordered stage held is cancelled at the next
+            for line in lines:
+                parts = self.scheduler.cancel(line, self._clock.monotonic())
                 if parts:
                     self.ending.interrupted = True
                     self.cancelled.append(Cancelled(line.name, parts, self._unloadable.get(line.name, set())))
+        self._pass_results()
         self._tell_fates()
 
     def _watch_sink(self) -> None:
