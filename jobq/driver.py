@@ -85,6 +85,18 @@ class Cancelled:
     unloadable: set[int] = field(default_factory=set)
 
 
+class Clock(Protocol):
+    """What tells the time: the module `time`, or a simulation's clock."""
+
+    def monotonic(self) -> float:
+        """Return seconds that only grow."""
+        ...
+
+    def monotonic_ns(self) -> int:
+        """Return the same in nanoseconds."""
+        ...
+
+
 class Desk(Protocol):
     """Somebody whom the loop has to let work whenever ``fd`` is readable (-1: never)."""
 
@@ -129,6 +141,8 @@ class Driver:
         inlet: Inlet | None = None,
         desk: Desk | None = None,
         keeper: str | None = None,
+        clock: Clock = time,
+        selector: selectors.BaseSelector | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.sink = sink
@@ -141,12 +155,13 @@ class Driver:
         self._shutdown_timeout = shutdown_timeout
         self._failure_limit = failure_limit
         self._ticking = ticking
-        self._began = time.monotonic()
+        self._clock = clock
+        self._began = clock.monotonic()
         self._timeout = math.inf if timeout is None else timeout
         self._ends_at = self._began + self._timeout
         self._leaving: deque[tuple[float, Member]] = deque()  # what retires may take until then to close
         self._next_tick = self._began
-        self._selector = selectors.DefaultSelector()
+        self._selector = selectors.DefaultSelector() if selector is None else selector
         self._sink_watched: Waitable | None = None
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
@@ -267,7 +282,7 @@ class Driver:
 
     def _advance(self) -> None:
         """Do everything that can be done now."""
-        now = time.monotonic()
+        now = self._clock.monotonic()
         while self._requested:
             self._escalate(self._requested.pop(0), now)
         while self._calls:
@@ -309,13 +324,17 @@ class Driver:
 
     def _patience(self) -> float | None:
         """Return the seconds until something is due by itself; None: nothing is."""
-        due, now = min(self.ending.deadline, self._ends_at), time.monotonic()
+        due, now = min(self.ending.deadline, self._ends_at), self._clock.monotonic()
         if self._leaving:
             due = min(due, self._leaving[0][0])
         if not self._closing:
+            giving = not (self.ending.halted or self.paused)
             for pool in self._consumers:
-                due = min(due, self._due(pool))
-            for at in self._checks.values():
+                if pool.retry_at is not None:
+                    due = min(due, pool.retry_at)
+                if giving:
+                    due = min(due, self._gives_at(pool, now))
+            for at in self._checks.values() if giving else ():
                 due = min(due, at)
             for pool in self._limited:
                 if pool.look_at is not None:
@@ -326,19 +345,17 @@ class Driver:
             due = min(due, self._next_tick)
         return None if due == math.inf else max(0.0, due - now)
 
-    def _due(self, pool: Pool) -> float:
-        """Return when a stage has something to do by itself."""
-        due, line = math.inf, pool.line
-        if pool.call_at is not None:
-            due = min(due, pool.call_at)
-        if pool.retry_at is not None:
-            due = min(due, pool.retry_at)
+    def _gives_at(self, pool: Pool, now: float) -> float:
+        """Return when there will be something to give out, though nobody says anything until then."""
+        line, at = pool.line, math.inf if pool.call_at is None else pool.call_at
         delayed = self.scheduler.next_due(line)
         if delayed is not None:
-            due = min(due, delayed)
+            at = min(at, delayed)
         if line.batch is not None and line.oldest is not None:
-            due = min(due, line.oldest + line.node.stage.consumer.batch_timeout)
-        return due
+            overdue = line.oldest + line.node.stage.consumer.batch_timeout
+            if overdue > now:  # else it waits for a worker, or for room: whoever brings that wakes us
+                at = min(at, overdue)
+        return at
 
     def _drain_wakeups(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -409,7 +426,7 @@ class Driver:
             self._lost(member, str(broken), spoilt=isinstance(broken, SpoiltChannel))
 
     def _settle(self, line: Line, member: Member, answer: Answer) -> None:
-        scheduler, now, target = self.scheduler, time.monotonic(), line.target
+        scheduler, now, target = self.scheduler, self._clock.monotonic(), line.target
         member.totals = answer.totals
         if line.is_producer:
             scheduler.settle_grant(line, member.worker.name, answer, now)
@@ -498,7 +515,7 @@ class Driver:
             member.worker.close()
             self._watch(member)
         if member.retiring and done:
-            self._leaving.append((time.monotonic() + self._shutdown_timeout, member))
+            self._leaving.append((self._clock.monotonic() + self._shutdown_timeout, member))
 
     def _ended(self, member: Member) -> None:
         pool, line = member.pool, member.pool.line
@@ -533,16 +550,16 @@ class Driver:
         elif member.overdue:
             seconds = line.node.stage.consumer.timeout or 0.0
             reason = f"was stopped: its job took longer than {seconds:g} s"
-            self.scheduler.overran(line, name, member.overdue, seconds, time.monotonic())
-            back = self.scheduler.lost(line, name, (), None, reason, time.monotonic())
+            self.scheduler.overran(line, name, member.overdue, seconds, self._clock.monotonic())
+            back = self.scheduler.lost(line, name, (), None, reason, self._clock.monotonic())
         elif stopped:  # by us: nobody is to blame
             if decoding in line.flights.get(name, {}):
                 parts = line.flights[name][decoding].chunk.parts
                 numbers = {part.first + i for part in parts for i in range(part.block.count)}
                 self._unloadable.setdefault(line.name, set()).update(numbers)
-            self.scheduler.lost(line, name, (), None, reason, time.monotonic())
+            self.scheduler.lost(line, name, (), None, reason, self._clock.monotonic())
         else:
-            back = self.scheduler.lost(line, name, tickets, decoding, reason, time.monotonic())
+            back = self.scheduler.lost(line, name, tickets, decoding, reason, self._clock.monotonic())
         if not stopped:
             self._tell(
                 events.WorkerLostEvent(line.name, name, member.worker.pid, reason, jobs, back, *deliveries)
@@ -587,7 +604,7 @@ class Driver:
                 pool.missing.pop()
             pool.retry_at = None
         except OSError:
-            pool.retry_at = time.monotonic() + RETRY_SECONDS
+            pool.retry_at = self._clock.monotonic() + RETRY_SECONDS
         except BackendUnavailable as error:
             if not pool.members:
                 self._give_up(f"stage {pool.line.name}: no worker can be started: {error}")
@@ -698,7 +715,7 @@ class Driver:
             self._watch(member)
             pool = member.pool
             if pool.limit is not None and pool.look_at is None:
-                pool.look_at = time.monotonic() + pool.limit
+                pool.look_at = self._clock.monotonic() + pool.limit
         return chunk
 
     def _grant(self, pool: Pool) -> None:
@@ -730,6 +747,8 @@ class Driver:
         for member in pool.members:
             if not member.ready or member.load <= lanes or not member.has_more_to_give_back:
                 continue
+            if line.batch is not None and len(line.flights[member.worker.name]) == 1:
+                continue  # one call: nothing lies behind it
             self._checks[name] = now + SLOW_SECONDS
             begun = member.begun()
             if not member.tickets() or begun != member.sample:
@@ -744,7 +763,7 @@ class Driver:
         """Stop workers whose jobs are over their time limit; look again when the next can be."""
         assert pool.limit is not None
         limit = round(pool.limit * 1e9)
-        soonest, now = limit, time.monotonic_ns()
+        soonest, now = limit, self._clock.monotonic_ns()
         for member in pool.members:
             if member.overdue or not member.ready or not member.load:
                 continue
@@ -783,7 +802,7 @@ class Driver:
     def stats(self) -> dict[str, StageCounts]:
         """Return every stage's counts, with all that was submitted until now. In the driver's thread."""
         if self.inlet is not None and not self._closing:
-            self._let_in(self.inlet, time.monotonic())
+            self._let_in(self.inlet, self._clock.monotonic())
         return self.counts()
 
     def pause(self) -> None:
@@ -801,7 +820,7 @@ class Driver:
     def withdraw(self, root: int) -> bool:
         """Cancel a submitted item whose job has not begun; return whether it could be. Driver's thread."""
         if self.inlet is not None:
-            self._let_in(self.inlet, time.monotonic())
+            self._let_in(self.inlet, self._clock.monotonic())
         if self.scheduler.withdraw(root):
             self._tell_fates()
             return True
@@ -840,7 +859,7 @@ class Driver:
     def _halt(self) -> None:
         """Start nothing new: jobs in progress finish, the rest will be cancelled."""
         self.ending.halted = True
-        self.ending.since = time.monotonic()
+        self.ending.since = self._clock.monotonic()
         for pool in self.pools.values():
             pool.stop_giving()
             for member in list(pool.members):
@@ -889,7 +908,7 @@ class Driver:
     def _kill_all(self) -> None:
         self.ending.killed = True
         self._ends_at = math.inf
-        self.ending.deadline = time.monotonic() + KILL_GRACE_SECONDS
+        self.ending.deadline = self._clock.monotonic() + KILL_GRACE_SECONDS
         for pool in self.pools.values():
             pool.stop_giving()  # a thread can't be killed, but its job may look
             pool.kill()
@@ -908,12 +927,14 @@ class Driver:
             self._stop_now()
 
     def _cancel_rest(self) -> None:
-        for line in self.scheduler.lines.values():
-            if not line.is_producer:
-                parts = self.scheduler.cancel(line)
+        lines = [pool.line for pool in self._consumers]
+        while any(line.unsettled for line in lines):  # what an ordered stage held is cancelled at the next
+            for line in lines:
+                parts = self.scheduler.cancel(line, self._clock.monotonic())
                 if parts:
                     self.ending.interrupted = True
                     self.cancelled.append(Cancelled(line.name, parts, self._unloadable.get(line.name, set())))
+        self._pass_results()
         self._tell_fates()
 
     def _watch_sink(self) -> None:

@@ -6,20 +6,21 @@ import contextlib
 import gc
 import importlib
 import random
+import selectors
 import signal
 import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from jobq import backends, events
 from jobq.annotations import read_signature
 from jobq.backend import Backend, Plan, Preload, Recipe
-from jobq.driver import KILL, STOP, Driver
+from jobq.driver import KILL, STOP, Clock, Driver
 from jobq.errors import PipelineError
 from jobq.failure import JsonForm
 from jobq.graph import Edge, Graph, Node, Route, bind, find_by_name_problems
@@ -29,6 +30,7 @@ from jobq.letters import Letters, cannot_be_loaded
 from jobq.locks import open_desk
 from jobq.options import RunOptions
 from jobq.outcome import Outcome
+from jobq.policy import Uniform
 from jobq.report import Report
 from jobq.results import Collect, Sink
 from jobq.scheduler import Scheduler
@@ -58,6 +60,17 @@ class Watchers:
                 self.observers.remove(observer)
 
 
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a run needs of the computer that it is on: a simulation has one of its own."""
+
+    backend: type[Backend]
+    clock: Clock = time
+    selector: selectors.BaseSelector | None = None
+    chance: Uniform = field(default_factory=random.Random)
+    run_id: str = ""
+
+
 @dataclass(slots=True)
 class Running:
     """One run, ready to be driven: by `Driver.run` in this thread, or step by step by whoever waits."""
@@ -72,6 +85,7 @@ class Running:
     letters: Letters
     watchers: Watchers
     began: float
+    clock: Clock
     file: events.Observer | None = None
 
     def conclude(self) -> Outcome:
@@ -88,7 +102,7 @@ class Running:
             for event in self.letters.still_encoded() if hurried else self.letters.decoded(codec):
                 self.file(event)
         counts = driver.counts()
-        seconds = time.monotonic() - self.began
+        seconds = self.clock.monotonic() - self.began
         self.watchers.tell(events.RunEnded(self.id, seconds, counts))
         ending, imbalance = driver.ending, driver.imbalance()
         stopped = ending.signal if ending.level and ending.interrupted else None
@@ -193,6 +207,7 @@ def prepare(
     make_inlet: Callable[[Graph, Codec], Inlet] | None = None,
     source: Source | None = None,
     on_error: OnError | None = None,
+    machine: Machine | None = None,
 ) -> Running:
     """
     Return a run that is ready to start: no worker exists yet.
@@ -200,7 +215,9 @@ def prepare(
     Its producers don't run with *make_inlet* (items come through the inlet), nor with *source*.
     Raises `PipelineError` for whatever can be known to be wrong before, `BackendUnavailable`.
     """
-    backend_class = backends.load(options.backend)
+    if machine is None:
+        machine = Machine(backends.load(options.backend))
+    backend_class = machine.backend
     if source is None and options.input is not None:
         source = input_source(options.input, graph)
     values = bind(graph, parameters, texts, producers=source is None and make_inlet is None)
@@ -218,7 +235,7 @@ def prepare(
     if any(count > 1 for count in lanes.values()):
         # Imported once, not by every worker that is forked: it brings asyncio.
         importlib.import_module("jobq.lanes")
-    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+    run_id = machine.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     place = uuid.uuid4().hex
     recipes: dict[str, Recipe] = {
         f"{key}/{index}": _recipe(
@@ -249,7 +266,7 @@ def prepare(
     problems = find_by_name_problems(graph, backend_class.resolve(options.start_method))
     if problems:
         raise PipelineError(*problems)
-    began = time.monotonic()
+    began = machine.clock.monotonic()
     plan = Plan(recipes, options.start_method, preload, daemon, _standard_input(graph, sizes))
     backend = backend_class(plan)  # type: ignore[call-arg]  # a Protocol has no constructor
     try:
@@ -258,7 +275,7 @@ def prepare(
         letters = Letters(run_id, name, target, forms)
 
         driver = Driver(
-            Scheduler(graph, sizes, lanes, random.Random()),
+            Scheduler(graph, sizes, lanes, machine.chance),
             backend,
             sizes,
             sink,
@@ -271,12 +288,16 @@ def prepare(
             inlet=make_inlet(graph, backend.codec) if make_inlet is not None else None,
             desk=open_desk(place, threads=backend.codec.encode(place) is place),
             keeper=RECIPE if kept else None,
+            clock=machine.clock,
+            selector=machine.selector,
         )
         driver.scheduler.fed = make_inlet is not None
     except BaseException:
         backend.close()
         raise
-    running = Running(run_id, name, graph, options, backend, driver, sink, letters, watchers, began)
+    running = Running(
+        run_id, name, graph, options, backend, driver, sink, letters, watchers, began, machine.clock
+    )
     if options.dead_letters is not None:
         from jobq.observe.dead_file import DeadLetterFile
 

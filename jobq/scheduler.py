@@ -605,6 +605,8 @@ class Scheduler:
         outputs, filtered = answer.outputs, len(answer.filtered)
         if settled != asked:
             outputs, filtered = self._without_late(line, answer, closed, asked - settled)
+        elif outputs and not asked:
+            outputs = self._parts_in_time(line, flight, outputs)
         books.done += settled - filtered
         books.filtered += filtered
         self._landed(line, worker, flight, closed)
@@ -656,8 +658,7 @@ class Scheduler:
         for output in answer.outputs:
             parents = output.parent_indices() or array("I", _indices(answer.settled))
             pieces = [i for i, parent in enumerate(parents) if parent in kept]
-            late_emitted = line.books.late_emitted
-            late_emitted[output.route] = late_emitted.get(output.route, 0) + len(parents) - len(pieces)
+            self._count_late(line, output.route, len(parents) - len(pieces))
             outputs += [
                 Output(
                     output.route,
@@ -668,6 +669,23 @@ class Scheduler:
                 for i in pieces
             ]
         return tuple(outputs), filtered
+
+    def _parts_in_time(self, line: Line, flight: Flight, outputs: tuple[Output, ...]) -> tuple[Output, ...]:
+        """Leave out parts of a long stream whose job had been taken back: it runs, or ran, elsewhere."""
+        kept = []
+        for output in outputs:
+            index = (output.parent_indices() or (0,))[0]
+            if any(low <= index < high for low, high in flight.open):
+                kept.append(output)
+            else:
+                self._count_late(line, output.route, output.block.count)
+        return tuple(kept)
+
+    @staticmethod
+    def _count_late(line: Line, route: int, count: int) -> None:
+        """Count what a worker gave and nobody gets."""
+        late = line.books.late_emitted
+        late[route] = late.get(route, 0) + count
 
     def _pass_on(
         self, line: Line, flight: Flight, outputs: Sequence[Output], closed: Ranges, now: float
@@ -714,7 +732,8 @@ class Scheduler:
         line.books.failed += 1
         part = flight.job(failure.index)
         if line.sequencer is not None:
-            for _, held in line.sequencer.drop(part.first):
+            for output, held in line.sequencer.drop(part.first):
+                self._count_late(line, output.route, output.block.count)
                 self.lineage.end(held or ())
         delay = retry_delay(failure, part.attempt, line.node.stage.consumer, self._chance)
         self._landed(line, worker, flight, closed)
@@ -961,8 +980,12 @@ class Scheduler:
         """How many jobs are queued or in flight at all stages."""
         return sum(line.unsettled for line in self.lines.values())
 
-    def cancel(self, line: Line) -> list[Part]:
-        """Take everything that is queued or in flight at *line* out of the books as cancelled; return it."""
+    def cancel(self, line: Line, now: float) -> list[Part]:
+        """
+        Take everything that is queued or in flight at *line* out of the books as cancelled; return it.
+
+        What an ordered stage held for jobs before it goes on.
+        """
         parts = [*line.waiting, *line.solo]
         for group in (*line.groups, *(group for _, _, group in line.delayed)):
             parts += group
@@ -978,6 +1001,10 @@ class Scheduler:
         line.loads.clear()
         line.queued = line.queued_bytes = line.resting = line.flying = line.flying_bytes = 0
         line.books.cancelled += sum(part.block.count for part in parts)
+        if line.sequencer is not None:
+            for part in parts:
+                line.sequencer.settle(part.first, part.block.count)
+            self._release_order(line, now)
         for part in parts:
             self.lineage.cancelled(part.roots or ())
         return parts

@@ -401,6 +401,10 @@ class Codec(Protocol):
         """How many items could not be decoded so far."""
         ...
 
+    def shaped(self, shape: Shape) -> Codec:
+        """Return the codec for items that nearly all have *shape*."""
+        ...
+
     def decode(self, block: Block) -> list[Any]:
         """Return a block's items; one that can't be decoded is an `Undecodable` in its place."""
         ...
@@ -447,6 +451,10 @@ class PickleCodec:
             only = first.__name__ if same else ""
             return PackedScalars(pickle.dumps(items, PROTOCOL), len(items), 0, len(items), only)
         return self.block([self.encode(item) for item in items])
+
+    def shaped(self, shape: Shape) -> Codec:
+        """Return the codec for items that nearly all have *shape*."""
+        return ShapedCodec(shape)
 
     @staticmethod
     def _loads(shape: bytes) -> Callable[[Any], Any]:
@@ -510,6 +518,10 @@ class ReferenceCodec:
 
     by_reference: ClassVar[bool] = True
     undecoded: ClassVar[int] = 0
+
+    def shaped(self, shape: Shape) -> Codec:  # noqa: ARG002  # the protocol's name
+        """Return this one: nothing is encoded."""
+        return self
 
     def encode(self, item: Any) -> Any:
         """Return *item* itself."""

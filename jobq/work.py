@@ -47,7 +47,6 @@ from jobq.wire import (
     PackedScalars,
     Part,
     PickleCodec,
-    ShapedCodec,
     Undecodable,
 )
 
@@ -301,7 +300,7 @@ def shaped(codec: Codec, recipe: StageRecipe, route: int) -> Codec:
         if its == route
     ]
     shape = None if codec.by_reference or len(declared) != 1 else shape_of(declared[0])
-    return codec if shape is None else ShapedCodec(shape)
+    return codec if shape is None else codec.shaped(shape)
 
 
 def _giving_as_addressed(codec: Codec, routes: Sequence[RouteUse]) -> Giving:

@@ -55,6 +55,13 @@ def test_the_pipeline_of_the_readme_passes_the_other_commands(command: str, fold
     assert ended.returncode == 0, ended.stderr
 
 
+def test_the_test_of_the_readme_passes(folder: Path) -> None:
+    ended = run(sys.executable, "-m", "pytest", "-q", "test_words.py", cwd=folder)
+
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "1 passed" in ended.stdout
+
+
 def test_the_session_of_the_readme_runs_as_shown(folder: Path) -> None:
     ended = run(sys.executable, "feed.py", cwd=folder)
 

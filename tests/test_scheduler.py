@@ -859,6 +859,29 @@ def test_a_first_job_that_is_taken_back_or_lost_can_start_again() -> None:
     assert items(world.take(worker="c", limit=1)) == items(chunk) == [0]
 
 
+def test_what_a_failed_job_of_an_ordered_stage_gave_ahead_is_counted_as_given_to_nobody() -> None:
+    world = ordered(max_retries=1)
+    world.give(1, 2)
+    world.take(limit=1, worker="a")
+    second = world.take(limit=1, worker="b")
+
+    world.answer(second, worker="b", final=False, settled=(), outputs=outputs("x", "y", parents=[0, 0]))
+    world.answer(second, worker="b", settled=(), failures=(failure(0),))
+
+    assert world["c0"].books.late_emitted == {0: 2}
+
+
+def test_parts_of_a_job_that_was_taken_back_are_late() -> None:
+    world = ordered()
+    world.give(1, 2)
+    chunk = world.take(limit=2)
+    world.scheduler.take_back(world["c0"], "w", 1)
+
+    world.answer(chunk, final=False, settled=(), outputs=outputs("x", parents=[1]))
+
+    assert world["c0"].books.late_emitted == {0: 1}
+
+
 def test_an_ordered_stage_holds_at_most_as_many_outputs_as_its_queue() -> None:
     world = World(declare((one, {"ordered": True, "queue_size": 4, "workers": 2})))
     world.give(*range(100))
@@ -908,11 +931,24 @@ def test_what_is_cancelled_is_everything_that_is_not_settled() -> None:
     chunk = world.take(limit=3)
     world.answer(chunk, final=False, settled=((0, 1),), failures=(failure(1),))
 
-    cancelled = world.scheduler.cancel(world["c0"])
+    cancelled = world.scheduler.cancel(world["c0"], 0.0)
 
     books = world["c0"].books
     assert sorted(item for part in cancelled for item in decode(part.block)) == [1, 2, 3, 4, 5]
     assert (books.received, books.done, books.cancelled, world["c0"].unsettled) == (6, 1, 5, 0)
+
+
+def test_what_an_ordered_stage_held_goes_on_when_the_jobs_before_it_are_cancelled() -> None:
+    world = ordered()
+    world.give(1, 2)
+    world.take(limit=1, worker="a")
+    world.answer(world.take(limit=1, worker="b"), worker="b", outputs=outputs("B"))
+
+    world.scheduler.cancel(world["c0"], 0.0)
+
+    assert world.results() == ["B"]
+    books = world["c0"].books
+    assert (books.done, books.cancelled) == (1, books.received - 1)
 
 
 # --- a random walk -------------------------------------------------------------------------------
