@@ -833,12 +833,13 @@ class Scheduler:
         several = sum(map(len, suspects.values())) > 1 and (
             line.batch is None or sum(map(bool, suspects.values())) > 1
         )
+        max_deliveries = line.node.stage.consumer.max_deliveries  # where it is 1, no jobs are claimed
         back = 0
         for number, flight in sorted(flights.items(), reverse=True):
             open_ranges, flight.open = flight.open, []
             self._landed(line, worker, flight, open_ranges)
             suspected = suspects[number]
-            claimed = several and line.each == 1 and decoding is None
+            claimed = several and line.each == 1 and decoding is None and max_deliveries > 1
             line.books.redelivered += min(1, len(suspected)) if claimed else len(suspected)
             if line.batch is not None:
                 back += self._batch_lost(line, worker, flight.parts(open_ranges), suspected, several, reason)

@@ -18,11 +18,12 @@ PACKAGE = Path(__file__).parent.parent / "jobq"
 #: A room (a module, or a folder with all in it) imports from its own layer and from those before it.
 LAYERS = (
     {"errors", "faults", "report", "events"},
-    {"handover", "options", "outcome", "stage", "wire", "backend", "load"},
+    {"handover", "options", "outcome", "shapes", "stage", "wire", "backend", "load"},
     {
         "annotations",
         "validation",
         "backends",
+        "claims",
         "failure",
         "graph",
         "lineage",

@@ -565,6 +565,24 @@ def test_where_several_were_in_hand_each_is_tried_alone_and_uncharged() -> None:
     assert world.nothing_for("a")  # it is tried alone
 
 
+def test_where_several_were_claimed_each_is_tried_alone_and_charged_once() -> None:
+    world = World(declare((end, {"max_deliveries": 3})))
+    world.give(*range(4))
+    chunk = world.take()
+
+    world.lose("w", chunk.number, chunk.number + 1, chunk.number + 2)
+
+    assert world["c0"].books.redelivered == 1
+    first = world.take(worker="a")
+    assert (items(first), first.parts[0].delivery) == ([0], 2)
+    world.answer(first, worker="a")
+    second = world.take(worker="a")
+    world.lose("a", second.number)
+    third, rest = world.take(worker="b"), world.take(worker="c")
+    assert (items(third), third.parts[0].delivery) == ([2], 2)
+    assert (items(rest), [part.delivery for part in rest.parts]) == ([1, 3], [3, 1])
+
+
 def test_one_that_is_tried_alone_and_comes_back_unbegun_is_tried_alone_again() -> None:
     world = World(declare((end, {"max_deliveries": 1})))
     world.give(*range(4))
