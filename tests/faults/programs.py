@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -145,9 +146,13 @@ class Program:
             code = process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"the run hangs; it said: {self._read('err')}") from None
-        patiently(lambda: not members(process.pid), SURVIVAL)
-        left = tuple(members(process.pid))
-        return Ended(code, self._read("out"), self._read("err"), self.folder, left)
+        return Ended(code, self._read("out"), self._read("err"), self.folder, self.left())
+
+    def left(self) -> tuple[int, ...]:
+        """Return the processes that were started for the program and are still there a second later."""
+        sessions = {process.pid for process in self._started}
+        patiently(lambda: not members(sessions), SURVIVAL)
+        return tuple(members(sessions))
 
     def until(self, claim: Callable[[], bool]) -> None:
         """Return when *claim* is true; the time is a safety net only."""
@@ -159,9 +164,10 @@ class Program:
 
     def close(self) -> None:
         """Kill whatever is left of what was started."""
-        for process in self._started:
-            for pid in members(process.pid):
+        for pid in members({process.pid for process in self._started}):
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        for process in self._started:
             process.wait()
 
     def _read(self, name: str) -> str:
@@ -176,15 +182,15 @@ def patiently(claim: Callable[[], bool], seconds: float) -> bool:
     return true
 
 
-def members(session: int) -> list[int]:
-    """Return the processes of a session that run, by the system's own list."""
+def members(sessions: set[int]) -> list[int]:
+    """Return the processes of these sessions that run, by the system's own list."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
         except OSError:  # it has ended meanwhile
             continue
-        if int(fields[3]) == session and fields[0] not in "ZX":
+        if int(fields[3]) in sessions and fields[0] not in "ZX":
             found.append(int(stat.parent.name))
     return found
 
