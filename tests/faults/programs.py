@@ -1,4 +1,4 @@
-"""Pipeline files, run as a user runs them: by ``jobq run``, in a session of their own, judged from outside."""
+"""Pipeline files, run as users do: by ``jobq run``, in a session of their own, judged from outside."""
 
 from __future__ import annotations
 
@@ -125,16 +125,33 @@ class Program:
 
     def start(self, source: str, *options: str) -> subprocess.Popen[bytes]:
         """Start ``jobq run`` on a file of HEAD and *source*."""
-        (self.folder / "pipeline.py").write_text(HEAD + textwrap.dedent(source))
+        self.write(source)
         arguments = ("run", "pipeline.py", "--log-format", "console", *options)
         return self.launch("-m", "jobq.cli", *arguments)
 
+    def write(self, source: str) -> None:
+        """Make the file: HEAD and *source*."""
+        (self.folder / "pipeline.py").write_text(HEAD + textwrap.dedent(source))
+
+    def note(self, line: str) -> None:
+        """Leave a line for jobs that wait for it."""
+        with (self.folder / "notes").open("a") as file:
+            file.write(f"{line}\n")
+
+    def said(self, message: str) -> bool:
+        """Return whether *message* is on standard error by now."""
+        return says(message, self._read("err"))
+
     def launch(self, *arguments: str) -> subprocess.Popen[bytes]:
-        """Start Python. Its output goes to files: a process that is left behind would hold a pipe open."""
+        """Start Python."""
+        return self.execute(sys.executable, *arguments)
+
+    def execute(self, *command: str) -> subprocess.Popen[bytes]:
+        """Start *command*. Its output goes to files: a process that is left behind would hold a pipe open."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("JOBQ_")}
         with (self.folder / "out").open("ab") as out, (self.folder / "err").open("ab") as err:
             process = subprocess.Popen(
-                [sys.executable, *arguments], cwd=self.folder, start_new_session=True, env=environment,
+                command, cwd=self.folder, start_new_session=True, env=environment,
                 stdin=subprocess.DEVNULL, stdout=out, stderr=err,
             )  # fmt: skip
         self._started.append(process)
@@ -146,6 +163,7 @@ class Program:
             code = process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"the run hangs; it said: {self._read('err')}") from None
+        code = code if code >= 0 else 128 - code  # as a shell has it
         return Ended(code, self._read("out"), self._read("err"), self.folder, self.left())
 
     def left(self) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from tests.faults.programs import (
     says,
     with_fault,
 )
-from tests.faults.rows import fault, proves
+from tests.faults.rows import fault, out_of_reach, proves
 
 pytestmark = [pytest.mark.slow]
 
@@ -309,6 +309,17 @@ def test_a_kill_for_want_of_memory_is_guessed(program: Program) -> None:
     assert_all_done(ended)
 
 
+#: Reads memory beyond the end of its file.
+BUS_ERROR = """
+    import mmap
+    file = open(HERE / "x", "wb+")
+    file.truncate(1)
+    memory = mmap.mmap(file.fileno(), 1)
+    file.truncate(0)
+    memory[0]
+"""
+
+
 @fault(
     "A8",
     "segmentation fault, abort, bus error",
@@ -324,15 +335,14 @@ def test_a_kill_for_want_of_memory_is_guessed(program: Program) -> None:
         ("import ctypes; ctypes.string_at(0)", "SIGSEGV"),
         ("os.abort()", "SIGABRT"),
         (
-            "import mmap; file = open(HERE / 'x', 'wb+'); file.truncate(1); "
-            "memory = mmap.mmap(file.fileno(), 1); file.truncate(0); memory[0]",
+            BUS_ERROR,
             "SIGBUS",
         ),
     ],
     ids=["segmentation fault", "abort", "bus error"],
 )
 def test_a_crash_in_c_code_is_named_with_its_place(program: Program, crash: str, by: str) -> None:
-    ended = program.run(with_fault(f'if first("fault"):\n    {crash}'))
+    ended = program.run(with_fault(f'if first("fault"):\n    {crash.strip()}'))
 
     assert_row("A8", ended)
     assert_all_done(ended)
@@ -493,8 +503,11 @@ if first("fault"):
     "the item goes to another worker, attempt 2 of 3`",
     exit=0,
 )
-@pytest.mark.parametrize("options", [*(("-b", name) for name in PROCESSES),
-                                     *(("--start-method", name) for name in START_METHODS)], ids=" ".join)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [("-b", "sentinel"), ("-b", "pipe"), *(("--start-method", method) for method in START_METHODS)],
+    ids=" ".join,
+)
 def test_a_death_is_seen_though_a_grandchild_lives(program: Program, options: tuple[str, str]) -> None:
     ended = program.run(with_fault(GRANDCHILD), *options)
 
@@ -883,3 +896,10 @@ def test_an_ordered_stage_keeps_its_order_over_deaths(program: Program, backend:
     assert_row("A28", ended)
     assert_all_done(ended)
     assert ended.noted("kept") == [str(i) for i in range(20)]
+
+
+out_of_reach(
+    "A29",
+    "a worker is killed while it is being replaced by rule (`max_tasks_per_worker`, `max_memory`)",
+    why="workers are not replaced by rule yet",
+)
