@@ -18,6 +18,8 @@ from tests.faults.rows import ROWS
 
 PROCESSES = ("joinable", "sentinel", "pipe")
 START_METHODS = ("fork", "forkserver", "spawn")
+#: Options that bring every process backend and every start method once.
+EACH_START = (("-b", "sentinel"), ("-b", "pipe"), *(("--start-method", method) for method in START_METHODS))
 #: Seconds that a process may outlive its run: one, and some for a busy machine.
 SURVIVAL = 2.0
 #: Seconds after which a run hangs.

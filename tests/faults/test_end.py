@@ -17,6 +17,7 @@ import pytest
 from jobq import Job, Pipeline
 from jobq.testing import left_since, snapshot
 from tests.faults.programs import (
+    EACH_START,
     KEEP,
     NUMBERS,
     PROCESSES,
@@ -34,6 +35,7 @@ from tests.faults.rows import fault, out_of_reach, proves
 pytestmark = [pytest.mark.slow]
 
 each_backend = pytest.mark.parametrize("backend", PROCESSES)
+each_start = pytest.mark.parametrize("options", EACH_START, ids=" ".join)
 each_start_method = pytest.mark.parametrize("method", START_METHODS)
 
 ENDLESS = """
@@ -228,10 +230,9 @@ def idle(i: int) -> None:
     sees="nothing; its workers are gone within a second, under every start method",
     exit=137,
 )
-@each_backend
-@each_start_method
-def test_no_worker_outlives_its_driver(program: Program, backend: str, method: str) -> None:
-    driver = program.start(BUSY, "-b", backend, "--start-method", method)
+@each_start
+def test_no_worker_outlives_its_driver(program: Program, options: tuple[str, str]) -> None:
+    driver = program.start(BUSY, *options)
     program.until(lambda: len(program.noted("up")) >= 2 + 2 + 20)
     assert len(members({driver.pid})) >= 5
 
@@ -633,13 +634,12 @@ multiprocessing.current_process()._config["semprefix"] = "/NAME"
     sees="nothing: no name is in /dev/shm, whether a worker or the program is killed",
     exit=0,
 )
-@each_backend
-@each_start_method
-def test_no_names_are_left(program: Program, backend: str, method: str) -> None:
+@each_start
+def test_no_names_are_left(program: Program, options: tuple[str, str]) -> None:
     name = f"jobq{uuid.uuid4().hex[:8]}"
     source = NAMED.replace("NAME", name) + with_fault('if first("fault"): die()')
 
-    ended = program.run(source, "-b", backend, "--start-method", method)
+    ended = program.run(source, *options)
 
     assert_row("C12", ended)
     assert_all_done(ended)

@@ -11,6 +11,7 @@ import pytest
 
 from jobq import Pipeline
 from tests.faults.programs import (
+    EACH_START,
     KEEP,
     NUMBERS,
     PROCESSES,
@@ -27,6 +28,7 @@ from tests.faults.rows import fault, out_of_reach, proves
 pytestmark = [pytest.mark.slow]
 
 each_backend = pytest.mark.parametrize("backend", PROCESSES)
+each_start = pytest.mark.parametrize("options", EACH_START, ids=" ".join)
 each_start_method = pytest.mark.parametrize("method", START_METHODS)
 
 #: A program that kills a worker which has nothing to do: what it gave has arrived at the next stage.
@@ -503,11 +505,7 @@ if first("fault"):
     "the item goes to another worker, attempt 2 of 3`",
     exit=0,
 )
-@pytest.mark.parametrize(
-    "options",
-    [("-b", "sentinel"), ("-b", "pipe"), *(("--start-method", method) for method in START_METHODS)],
-    ids=" ".join,
-)
+@each_start
 def test_a_death_is_seen_though_a_grandchild_lives(program: Program, options: tuple[str, str]) -> None:
     ended = program.run(with_fault(GRANDCHILD), *options)
 
