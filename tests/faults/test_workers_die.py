@@ -192,8 +192,8 @@ from jobq.backends.channel import Incoming
 
 read = Incoming.read
 
-def half(self):
-    count = read(self)
+def half(self, *given):
+    count = read(self, *given)
     if self._large is not None and current_process().name.startswith("work") and first("fault"):
         die()
     return count
