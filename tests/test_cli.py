@@ -6,7 +6,6 @@ import json
 import os
 import pty
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -462,46 +461,6 @@ def test_what_cannot_work_is_said_before_it_starts(arguments: list[str], said: s
     assert said in run.stderr
     assert "Traceback" not in run.stderr
     assert "printed by a job" not in run.stdout
-
-
-WAITING = """
-import sys
-from collections.abc import Iterator
-from jobq import Pipeline
-
-pipeline = Pipeline("waiting")
-
-@pipeline.producer
-def lines() -> Iterator[str]:
-    yield from sys.stdin
-
-@pipeline.consumer
-def say(line: str) -> None:
-    print(line, end="", flush=True)
-"""
-
-
-def test_a_run_that_ignores_the_terminals_end_goes_on(here: Path) -> None:
-    (here / "waiting.py").write_text(WAITING)
-    command = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh", *JOBQ, "run", "waiting.py"]
-
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        start_new_session=True,
-    ) as process:  # fmt: skip
-        try:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            process.stdin.write("one\n")
-            process.stdin.flush()
-            assert process.stdout.readline() == "one\n"
-            os.killpg(process.pid, signal.SIGHUP)
-            rest, _ = process.communicate("two\n", timeout=60)
-        finally:
-            process.kill()
-
-    assert rest == "two\n"
-    assert process.returncode == 0
 
 
 def test_on_a_terminal_there_is_a_live_line_per_stage() -> None:

@@ -23,7 +23,7 @@ from tests.faults.programs import (
     says,
     with_fault,
 )
-from tests.faults.rows import fault, out_of_reach, proves
+from tests.faults.rows import fault, proves
 
 pytestmark = [pytest.mark.slow]
 
@@ -896,8 +896,26 @@ def test_an_ordered_stage_keeps_its_order_over_deaths(program: Program, backend:
     assert ended.noted("kept") == [str(i) for i in range(20)]
 
 
-out_of_reach(
+@fault(
     "A29",
-    "a worker is killed while it is being replaced by rule (`max_tasks_per_worker`, `max_memory`)",
-    why="workers are not replaced by rule yet",
+    "SIGKILL while it closes its resources because it is being replaced by rule (`max_tasks_per_worker`)",
+    items="done",
+    sees="`worker 1 of stage work (pid 4711) was killed by SIGKILL`",
+    exit=0,
 )
+@each_backend
+def test_a_worker_that_is_killed_while_it_retires_costs_nothing(program: Program, backend: str) -> None:
+    ended = program.run(
+        NUMBERS
+        + UP.replace("database() -> int", "database() -> Iterator[int]")
+        .replace("    OPENING\n    return 1", '    yield 1\n    if first("fault"): die()')
+        .replace("@pipeline.consumer", "@pipeline.consumer(max_tasks_per_worker=5)")
+        + KEEP,
+        "-b",
+        backend,
+    )
+
+    assert_row("A29", ended)
+    assert_all_done(ended)
+    assert len(ended.noted("did")) == 20
+    assert len(ended.noted("opened")) >= 4
