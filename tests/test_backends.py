@@ -809,14 +809,6 @@ def test_a_lack_of_descriptors_is_an_oserror_and_leaves_nothing(
         assert ask(made, made.start("echo"), 1) == [1]
 
 
-def test_many_runs_in_one_process_leave_nothing() -> None:
-    for name in PROCESSES * 5:
-        with bench(name) as made:
-            workers = [made.start("echo") for _ in range(3)]
-            ask(made, workers[0], 1)
-            workers[1].kill()
-
-
 # ── one by one ───────────────────────────────────────────────────────────────
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import pty
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -462,95 +461,6 @@ def test_what_cannot_work_is_said_before_it_starts(arguments: list[str], said: s
     assert said in run.stderr
     assert "Traceback" not in run.stderr
     assert "printed by a job" not in run.stdout
-
-
-def test_a_reader_that_goes_away_is_code_141() -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-
-    run = ended("run", "zoo.py", "-o", "-", "-p", "count=1000", stdout=writer)
-    os.close(writer)
-
-    assert run.returncode == 141
-    assert "Traceback" not in run.stderr
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_run_stopped_by_a_signal_is_code_128_and_its_number(here: Path, number: signal.Signals) -> None:
-    endless = "for number in iter(int, 1):"
-    (here / "endless.py").write_text(ZOO.replace("for number in range(count):", endless))
-
-    with started("run", "endless.py", stderr=subprocess.DEVNULL) as process:
-        try:
-            assert process.stdout is not None
-            # By several workers at once: lines may run together.
-            assert "printed by a job" in process.stdout.readline()
-            process.send_signal(number)
-            process.communicate(timeout=60)
-        finally:
-            process.kill()
-
-    assert process.returncode == 128 + number
-    assert session_members(process.pid) == []
-
-
-@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
-def test_a_terminal_that_is_closed_stops_the_run_in_good_order(here: Path, method: str) -> None:
-    endless = "for number in iter(int, 1):"
-    (here / "endless.py").write_text(ZOO.replace("for number in range(count):", endless))
-
-    with started("run", "endless.py", "--start-method", method, stderr=subprocess.DEVNULL) as process:
-        try:
-            assert process.stdout is not None
-            assert "printed by a job" in process.stdout.readline()
-            os.killpg(process.pid, signal.SIGHUP)  # as a terminal does: to everybody
-            process.communicate(timeout=60)
-        finally:
-            process.kill()
-
-    assert process.returncode == 128 + signal.SIGHUP
-    assert session_members(process.pid) == []
-    assert list(here.glob("*.dead.jsonl")) == []
-
-
-WAITING = """
-import sys
-from collections.abc import Iterator
-from jobq import Pipeline
-
-pipeline = Pipeline("waiting")
-
-@pipeline.producer
-def lines() -> Iterator[str]:
-    yield from sys.stdin
-
-@pipeline.consumer
-def say(line: str) -> None:
-    print(line, end="", flush=True)
-"""
-
-
-def test_a_run_that_ignores_the_terminals_end_goes_on(here: Path) -> None:
-    (here / "waiting.py").write_text(WAITING)
-    command = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh", *JOBQ, "run", "waiting.py"]
-
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        start_new_session=True,
-    ) as process:  # fmt: skip
-        try:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            process.stdin.write("one\n")
-            process.stdin.flush()
-            assert process.stdout.readline() == "one\n"
-            os.killpg(process.pid, signal.SIGHUP)
-            rest, _ = process.communicate("two\n", timeout=60)
-        finally:
-            process.kill()
-
-    assert rest == "two\n"
-    assert process.returncode == 0
 
 
 def test_on_a_terminal_there_is_a_live_line_per_stage() -> None:

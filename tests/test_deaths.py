@@ -1,14 +1,11 @@
 """Workers die at any instant: nothing is lost, by the evidence of the files that jobs write."""
 
-# ruff: noqa: ARG001  # jobs take items, resources and jobs that they need not look at
+# jobs take items, resources and jobs that they need not look at
 
 from __future__ import annotations
 
 import os
-import select
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from jobq import Job, Pipeline, RunFailed
+from jobq import Job
 from tests.test_run import PROCESSES, Gate, Notes, counts, ints, run
 
 #: Seconds that a worker may outlive its driver: one, and some for a busy machine.
@@ -55,19 +52,6 @@ def until(claim: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
-class DiesOnce:
-    """Kills the process that pickles it, the first time: its job is done, and its answer has not left."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        if not self.marker.exists():
-            self.marker.touch()
-            die()
-        return str, ("survived",)
-
-
 class DeadlyToLoad:
     """Kills whoever loads it."""
 
@@ -99,58 +83,6 @@ def test_a_worker_killed_while_busy_is_replaced_within_a_second(backend: str, no
     assert again - died < 1.0 + 1.0  # and some for a busy machine
     stage = report.stages["work"]
     assert (stage.worker_restarts, stage.redelivered, stage.dead) == (1, 1, 0)
-
-
-def test_a_worker_killed_while_idle_is_replaced_and_nothing_is_lost(backend: str, notes: Notes) -> None:
-    pipeline = Pipeline("test")
-
-    def pids() -> list[int]:
-        return [int(line) for line in notes.lines() if line.isdigit()]
-
-    @pipeline.producer
-    def numbers() -> Iterator[int]:
-        yield from (0, 1)
-        until(lambda: notes.lines().count("met") == 2)
-        time.sleep(0.05)  # to be idle; were it not, nothing would change for the test
-        os.kill(pids()[0], signal.SIGKILL)
-        yield from range(2, 40)
-
-    @pipeline.consumer(workers=2)
-    def work(i: int) -> int:
-        if i < 2:
-            notes.add(os.getpid())
-            until(lambda: len(pids()) == 2)  # so each worker has one
-            notes.add("met")
-        return i
-
-    report = run(pipeline, backend)
-
-    assert report.ok
-    assert sorted(set(report.results)) == list(range(40))
-    assert len(report.results) == 40
-    assert report.stages["work"].worker_restarts == 1
-
-
-def test_a_worker_killed_between_its_work_and_its_answer_gives_its_outputs_once(
-    backend: str, notes: Notes, tmp_path: Path
-) -> None:
-    pipeline = ints(20)
-
-    @pipeline.consumer
-    def work(i: int) -> object:
-        notes.add(i)
-        return DiesOnce(tmp_path / "marker") if i == 7 else str(i)
-
-    @pipeline.consumer
-    def keep(text: object) -> object:
-        return text
-
-    report = run(pipeline, backend)
-
-    assert report.ok
-    assert Counter(report.results) == Counter(["survived", *(str(i) for i in range(20) if i != 7)])
-    assert notes.lines().count("7") == 2
-    assert report.stages["work"].redelivered == 1
 
 
 def test_workers_killed_again_and_again_lose_nothing(backend: str, notes: Notes) -> None:
@@ -233,25 +165,6 @@ def test_jobs_beside_a_poison_job_in_one_worker_are_not_charged(
     assert Counter(notes.lines()) == {"0": 2, "1": 2, "2": 2}
 
 
-@pytest.mark.parametrize("code", [0, 1])
-def test_leaving_by_exit_is_a_death_like_any_other(backend: str, notes: Notes, code: int) -> None:
-    pipeline = ints(20)
-
-    @pipeline.consumer(max_deliveries=2)
-    def work(i: int) -> int:
-        if i == 3:
-            notes.add("left")
-            os._exit(code)
-        return i
-
-    report = run(pipeline, backend)
-
-    assert sorted(report.results) == [i for i in range(20) if i != 3]
-    assert [(letter.item, letter.error) for letter in report.dead] == [(3, "WorkerLost")]
-    assert f"exited with code {code}" in report.dead[0].message
-    assert notes.lines() == ["left", "left"]
-
-
 def test_a_batch_that_kills_its_worker_dies_item_by_item_and_the_rest_goes_on(
     backend: str, notes: Notes
 ) -> None:
@@ -287,43 +200,6 @@ def test_an_ordered_stage_keeps_its_order_over_deaths(backend: str) -> None:
 
     assert report.results == [i for i in range(80) if i != 45]
     assert [letter.item for letter in report.dead] == [45]
-
-
-def test_a_worker_that_dies_at_its_end_costs_nothing(backend: str) -> None:
-    pipeline = ints(5)
-
-    @pipeline.resource
-    def db() -> Iterator[int]:
-        yield 1
-        die()
-
-    @pipeline.consumer
-    def work(i: int, db: int) -> int:
-        return i
-
-    report = run(pipeline, backend)
-
-    assert (sorted(report.results), report.ok) == ([0, 1, 2, 3, 4], True)
-
-
-def test_workers_that_die_before_they_can_work_end_the_run(backend: str, notes: Notes) -> None:
-    pipeline = ints(5)
-
-    @pipeline.resource
-    def db() -> int:
-        notes.add("x")
-        os._exit(7)
-
-    @pipeline.consumer
-    def work(i: int, db: int) -> int:
-        return i
-
-    with pytest.raises(RunFailed, match="exited with code 7") as caught:
-        run(pipeline, backend)
-
-    assert 1 <= len(notes.lines()) <= 10
-    assert caught.value.report is not None
-    assert caught.value.report.stages["work"].done == 0
 
 
 # --- producers -----------------------------------------------------------------------------------
@@ -379,78 +255,3 @@ def test_jobs_behind_a_slow_one_are_done_elsewhere_meanwhile(
     assert sorted(report.results) == list(range(600))
     assert len(notes.lines()) == 599  # nobody did anything twice
     assert report.ok
-
-
-# --- the driver ----------------------------------------------------------------------------------
-
-SCRIPT = """
-import os, sys, time
-from collections.abc import Iterator
-from jobq import Pipeline
-
-pipeline = Pipeline("orphans")
-
-@pipeline.producer
-def numbers() -> Iterator[int]:
-    tell()
-    i = 0
-    while True:
-        yield i
-        i += 1
-
-@pipeline.consumer(source="numbers", workers=2)
-def busy(i: int) -> None:
-    tell()
-    time.sleep(1000)
-
-@pipeline.consumer(source="numbers")
-def quick(i: int) -> int:
-    tell()
-    return i
-
-@pipeline.consumer
-def idle(i: int) -> None:
-    tell()
-
-def tell() -> None:
-    with open(sys.argv[2], "a") as file:
-        print(os.getpid(), file=file)
-
-if __name__ == "__main__":
-    pipeline.run(backend=sys.argv[1], start_method=sys.argv[3])
-"""
-
-
-@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
-def test_no_worker_outlives_a_killed_driver(backend: str, method: str, tmp_path: Path) -> None:
-    script = tmp_path / "orphans.py"
-    script.write_text(SCRIPT)
-    told = Notes(tmp_path / "pids")
-
-    def pids() -> set[int]:
-        return {int(line) for line in told.path.read_text().split("\n")[:-1]}
-
-    driver = subprocess.Popen([sys.executable, str(script), backend, str(told.path), method])
-    try:
-        until(lambda: len(pids()) >= 5 or driver.poll() is not None)
-        assert driver.poll() is None
-        watched = {os.pidfd_open(pid): pid for pid in pids()}
-        driver.kill()
-        died = time.monotonic()
-    finally:
-        driver.kill()
-        driver.wait()
-
-    alive = dict(watched)
-    poll = select.poll()
-    for fd in watched:
-        poll.register(fd, select.POLLIN)
-    while alive and (left := died + SURVIVAL - time.monotonic()) > 0:
-        for fd, _ in poll.poll(left * 1000):
-            poll.unregister(fd)
-            del alive[fd]
-    for fd in watched:
-        os.close(fd)
-    for pid in alive.values():
-        os.kill(pid, signal.SIGKILL)
-    assert not alive

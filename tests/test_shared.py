@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -346,29 +345,6 @@ def test_one_that_can_not_be_closed_is_not_hidden(one_of_each: str) -> None:
     assert caught.value.report.stages["work"].done == 3
 
 
-@pytest.mark.parametrize("backend", PROCESSES)
-def test_a_killed_keeper_ends_the_run(backend: str, notes: Notes) -> None:
-    pipeline = ints(100)
-    pipeline.resource(Account, name="account", scope="run")
-
-    @pipeline.consumer(workers=2)
-    def work(i: int, account: Account) -> int:
-        if i == 10:
-            os.kill(account.pid(), signal.SIGKILL)
-        return account.deposit(1)
-
-    began = time.monotonic()
-    with pytest.raises(RunFailed, match="keeper of the run-scoped resources was killed by SIGKILL") as caught:
-        pipeline.run(backend=backend)
-
-    assert time.monotonic() - began < SURVIVAL
-    report = caught.value.report
-    assert report is not None
-    stage = report.stages["work"]
-    assert stage.received == stage.done + stage.cancelled
-    assert stage.cancelled
-
-
 PROGRAM = """
 import os, signal, time
 from jobq import Pipeline
@@ -392,19 +368,6 @@ def work(i: int, account: Account) -> None:
     print(account.pid(), flush=True)
     {act}
 """
-
-
-def test_on_the_command_line_that_is_exit_code_3(tmp_path: Path) -> None:
-    file = tmp_path / "pipeline.py"
-    file.write_text(PROGRAM.format(act="os.kill(account.pid(), signal.SIGKILL); time.sleep(60)"))
-
-    done = subprocess.run(
-        [sys.executable, "-m", "jobq.cli", "run", str(file)], check=False, capture_output=True, text=True,
-        timeout=50, cwd=tmp_path,
-    )  # fmt: skip
-
-    assert done.returncode == 3
-    assert "keeper of the run-scoped resources was killed by SIGKILL; giving up, 1 jobs" in done.stderr
 
 
 def test_the_keeper_dies_with_the_driver(tmp_path: Path) -> None:

@@ -25,6 +25,10 @@ from jobq.wire import PROTOCOL
 
 #: Seconds to wait for a killed process before leaving it to the system.
 REAPING = 5
+#: Seconds to wait for the fork server to say how a worker ended that has ended for certain.
+MOURNING = 1
+#: multiprocessing's exit code for a process whose fork server was lost.
+SERVER_LOST = 255
 #: What starting a process takes for a moment, at most.
 MOST_DESCRIPTORS = 8
 
@@ -234,24 +238,26 @@ class Launched:
         assert process.pid is not None
         self.pid = process.pid
         self._process = process
+        self._own_child = own_child
         self._how: str | None = None
         self._pidfd = -1
         self._released = False
         with contextlib.suppress(OSError, AttributeError):
             self._pidfd = os.pidfd_open(self.pid)
-        # Our own child's sentinel is a pipe that grandchildren may hold open. With the fork server
-        # only the server holds it, and it brings the exit code, which a pidfd doesn't.
-        self.fd = self._pidfd if own_child and self._pidfd >= 0 else process.sentinel
+        # A sentinel is a pipe: our own child's may be held open by grandchildren, and that of a fork server's
+        # child ends with the server, while the child lives.
+        self.fd = self._pidfd if self._pidfd >= 0 else process.sentinel
 
     def ended(self) -> str | None:
         """Return how the process ended, or None while it runs."""
-        if self._how is None:
-            gone = self.fd == self._pidfd and readable(self.fd, 0)
-            code = self._process.exitcode  # after that look: it may end between the two
-            if code is not None:
+        if self._how is None and (self._pidfd < 0 or readable(self._pidfd, 0)):
+            if not self._own_child:
+                readable(self._process.sentinel, MOURNING)  # the server tells how, a moment later
+            code = self._process.exitcode
+            if code is not None and (self._own_child or code != SERVER_LOST):
                 self._how = child.describe_exit(code)
-            elif gone:
-                self._how = "has ended"  # somebody else's wait() took the exit code
+            elif self._pidfd >= 0 or code is not None:
+                self._how = "ended, how is not known"  # somebody else's wait() took the exit code
         return self._how
 
     def kill(self) -> None:
@@ -271,6 +277,7 @@ class Launched:
         if self.ended() is None:
             self.kill()
             readable(self.fd, REAPING)
+            self.ended()  # which waits for the fork server's word too
         self._released = True
         if self._process.exitcode is not None:
             self._process.join()
