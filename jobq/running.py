@@ -216,7 +216,9 @@ def prepare(
     Raises `PipelineError` for whatever can be known to be wrong before, `BackendUnavailable`.
     """
     if machine is None:
-        machine = Machine(backends.load(options.backend))
+        # Whoever names a backend means it; the default is meant to work.
+        named = "backend" in options.model_fields_set
+        machine = Machine(backends.load(options.backend) if named else backends.load_default())
     backend_class = machine.backend
     if source is None and options.input is not None:
         source = input_source(options.input, graph)
@@ -303,7 +305,11 @@ def prepare(
 
         running.file = DeadLetterFile(options.dead_letters, run=run_id, pipeline=name, target=target)
         watchers.observers.append(running.file)
-    watchers.tell(events.RunStarted(run_id, name, backend.name, backend.start_method, tuple(graph.nodes)))
+    watchers.tell(
+        events.RunStarted(
+            run_id, name, backend.name, backend.start_method, tuple(graph.nodes), options.backend
+        )
+    )
     return running
 
 
