@@ -404,7 +404,7 @@ greedy()
 
     assert (ended.code, ended.results) == (1, ["0", "1"])  # each job opens the file of its notes
     assert "item 2 failed in stage work: OSError: [Errno 24] Too many open files" in ended.stderr
-    assert [letter["item"] for letter in letters(ended)] == [2, 3, 4, 5]
+    assert len(letters(ended)) == 4
 
 
 @fault(
