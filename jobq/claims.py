@@ -41,8 +41,10 @@ class Claims:
         self._seen: list[Any] | None = None
 
     def renew(self) -> None:
-        """Be usable in a copy of the process, whose only thread is the one that forked."""
+        """Be usable in a copy of the process, whose only thread is the one that forked, and begin no job."""
         self._lock = threading.Lock()
+        if self._items is not None:
+            del self._items[len(self._items) - self._left.__length_hint__() :]
 
     def begin(self, items: list[Any], first: int) -> Left:
         """Claim the jobs of *items*, tickets *first* and on; return what yields those that may begin."""

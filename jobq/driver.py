@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Protocol
 from jobq import events, faults
 from jobq.backend import HINT, Backend, Waitable, Worker
 from jobq.errors import BackendUnavailable, BrokenChannel, EndOfChannel, SpoiltChannel
-from jobq.pool import CRASH_LIMIT, SLOW_SECONDS, Member, Pool
+from jobq.pool import CRASH_LIMIT, SLOW_SECONDS, Member, Pool, describe_lack
 from jobq.report import EdgeCounts, StageCounts
 from jobq.scheduler import CHUNK_JOBS, Dead, Line, Retried, Scheduler
 from jobq.wire import Answer, Chunk, Hello, Part
@@ -43,6 +43,9 @@ KILL_GRACE_SECONDS = 5.0
 
 #: Where the system refuses a process or a descriptor, it is asked again after so long.
 RETRY_SECONDS = 0.5
+
+#: For so long in vain, while the stage has no worker at all, and the run gives up.
+DESERTED_SECONDS = 10.0
 
 #: A call that is so little late is late by our clock's fault: the next one comes when it was to come.
 LATE_SECONDS = 0.005
@@ -249,7 +252,10 @@ class Driver:
 
     def _start_pools(self) -> None:
         for pool in self.pools.values():
-            pool.start()
+            try:
+                pool.start()
+            except OSError as error:
+                raise BackendUnavailable(f"stage {pool.line.name}: {describe_lack(error)}") from error
 
     def step(self) -> bool:
         """Wait for the next thing to happen and deal with it; return whether the run has ended."""
@@ -602,12 +608,24 @@ class Driver:
                     faults.reach("respawn")
                 pool.replace(pool.missing[-1])
                 pool.missing.pop()
-            pool.retry_at = None
-        except OSError:
-            pool.retry_at = self._clock.monotonic() + RETRY_SECONDS
+            pool.retry_at = pool.deserted_at = None
+        except OSError as error:
+            self._try_later(pool, error)
         except BackendUnavailable as error:
             if not pool.members:
                 self._give_up(f"stage {pool.line.name}: no worker can be started: {error}")
+
+    def _try_later(self, pool: Pool, error: OSError) -> None:
+        now = self._clock.monotonic()
+        pool.retry_at = now + RETRY_SECONDS
+        if pool.members:
+            pool.deserted_at = None
+        elif pool.deserted_at is None:
+            pool.deserted_at = now
+        elif now - pool.deserted_at >= DESERTED_SECONDS:
+            self._give_up(
+                f"stage {pool.line.name} has had no worker for {DESERTED_SECONDS:g} s: {describe_lack(error)}"
+            )
 
     def _forget(self, member: Member) -> None:
         self._unwatch(member)

@@ -23,6 +23,7 @@ class RunStarted:
     backend: str
     start_method: str
     stages: tuple[str, ...]
+    wanted: str | None = None  # the default backend, where it can't be had
 
 
 @dataclass(frozen=True, slots=True)

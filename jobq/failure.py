@@ -74,6 +74,8 @@ def failure_of(
         verdict, message = "reject", safe_text(error.reason)
     elif isinstance(error, PayloadError):
         verdict = "payload"
+    elif isinstance(error, AssertionError) and message.startswith("daemonic processes"):  # multiprocessing's
+        message += "; declare the stage with daemon=False"
     return Failure(
         index,
         verdict,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -146,6 +147,7 @@ class Pool:
         self._tasks = None if line.is_producer else line.node.stage.consumer.max_tasks_per_worker
         self.missing: list[int] = []  # places of workers that have ended and are not replaced yet
         self.retry_at: float | None = None
+        self.deserted_at: float | None = None  # since when the system refuses the only worker
         self._deaths = 0
         self._settled_at_death = 0
 
@@ -206,6 +208,12 @@ class Pool:
         """Stop every worker now."""
         for member in self.members:
             member.worker.kill()
+
+
+def describe_lack(error: OSError) -> str:
+    """Return a sentence that says which limit keeps a worker from being started."""
+    limit = {errno.EMFILE: " (ulimit -n)", errno.EAGAIN: " (ulimit -u)"}.get(error.errno or 0, "")
+    return f"no worker can be started: {error.strerror or error}{limit}"
 
 
 def recipe_name(stage: str, index: int) -> str:

@@ -215,8 +215,11 @@ def prepare(
     Its producers don't run with *make_inlet* (items come through the inlet), nor with *source*.
     Raises `PipelineError` for whatever can be known to be wrong before, `BackendUnavailable`.
     """
+    wanted = None
     if machine is None:
-        machine = Machine(backends.load(options.backend))
+        # Whoever names a backend means it; the default is meant to work.
+        wanted = None if "backend" in options.model_fields_set else options.backend
+        machine = Machine(backends.load(options.backend) if wanted is None else backends.load_default())
     backend_class = machine.backend
     if source is None and options.input is not None:
         source = input_source(options.input, graph)
@@ -303,7 +306,9 @@ def prepare(
 
         running.file = DeadLetterFile(options.dead_letters, run=run_id, pipeline=name, target=target)
         watchers.observers.append(running.file)
-    watchers.tell(events.RunStarted(run_id, name, backend.name, backend.start_method, tuple(graph.nodes)))
+    watchers.tell(
+        events.RunStarted(run_id, name, backend.name, backend.start_method, tuple(graph.nodes), wanted)
+    )
     return running
 
 

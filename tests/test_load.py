@@ -232,35 +232,6 @@ def test_a_pipeline_named_like_the_standard_library_runs_on_every_start_method(
     assert sorted(done.stdout.split()) == ["0", "2", "4"]
 
 
-@pytest.mark.parametrize("start_method", ["forkserver", "spawn"])
-def test_a_program_without_main_guard_is_told_so_in_a_few_lines(here: Path, start_method: str) -> None:
-    (here / "unguarded.py").write_text(
-        "from collections.abc import Iterator\n"
-        "from jobq import Pipeline\n"
-        "pipeline = Pipeline('unguarded')\n"
-        "@pipeline.producer\n"
-        "def numbers() -> Iterator[int]:\n"
-        "    yield from range(3)\n"
-        "@pipeline.consumer\n"
-        "def same(number: int) -> int:\n"
-        "    return number\n"
-        f"pipeline.run(start_method={start_method!r})\n"
-    )
-
-    done = subprocess.run(
-        [sys.executable, "unguarded.py"], capture_output=True, text=True, timeout=60, check=False
-    )
-
-    children, traceback, parent = done.stderr.partition("Traceback (most recent call last)")
-    assert done.returncode == 1
-    assert "jobq: unguarded.py:10 runs a pipeline while a worker process imports it.\n" in children
-    assert "main guard" in children
-    assert traceback, done.stderr
-    assert "main guard" in parent
-    assert "runpy" not in done.stderr
-    assert "freeze_support" not in done.stderr
-
-
 def test_the_package_is_light_until_a_name_is_used() -> None:
     code = (
         "import sys, jobq\n"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import multiprocessing
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import cast
@@ -30,6 +32,21 @@ def load(name: str) -> type[Backend]:
     else:
         found = _load_foreign(name)
     return cast("type[Backend]", found)  # a class from outside is held to the protocol by check_backend
+
+
+def load_default() -> type[Backend]:
+    """Return `joinable`, or `pipe` where the system has none of the semaphores that a queue needs."""
+    return load("joinable" if _semaphores_exist() else "pipe")
+
+
+def _semaphores_exist() -> bool:
+    try:
+        multiprocessing.get_context("fork").Lock()
+    except ImportError:  # Python was built without them
+        return False
+    except OSError as error:  # some lack is another matter: it is told when a worker is started
+        return error.errno not in (errno.ENOSYS, errno.ENOENT, errno.EACCES, errno.EPERM)
+    return True
 
 
 def names() -> list[str]:

@@ -187,6 +187,10 @@ def write_whole(fd: int, buffers: Sequence[Buffer]) -> None:
         buffers = unwritten(buffers, os.writev(fd, buffers[:MOST_BUFFERS]))
 
 
+#: Put the memory there, in place of what is there. The `mmap` module doesn't have the name.
+MAP_FIXED = 0x10
+
+
 class SharedPage:
     """64-bit words in memory without a name, which a descriptor hands to another process."""
 
@@ -194,6 +198,18 @@ class SharedPage:
         self._memory = mmap.mmap(fd, 0)
         self._view = memoryview(self._memory).cast("q")
         self.words = cast("Page", self._view)  # a writable memoryview of "q" is a sequence of ints
+
+    def part(self) -> None:
+        """Have the words, as they are, for this process alone: it is a copy of the one that shares them."""
+        import ctypes  # `mmap` can't say at which address
+
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        system = ctypes.CDLL(None, use_errno=True)
+        system.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long)
+        access, kind = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED
+        words = self._memory[:]
+        system.mmap(address, len(words), access, kind, -1, 0)
+        self._memory[:] = words
 
     def release(self) -> None:
         """Unmap the memory. Idempotent."""

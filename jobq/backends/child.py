@@ -19,6 +19,7 @@ import pickle
 import select
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from multiprocessing import reduction
 from typing import Any, NoReturn, Protocol
 
 from jobq import faults
-from jobq.backend import Port, Preload, Recipe, serve
+from jobq.backend import LIMIT, Port, Preload, Recipe, serve
 from jobq.backends.channel import READ_SIZE, Incoming, SharedPage, unwritten, write_whole
 from jobq.errors import EndOfChannel
 from jobq.load import UNGUARDED, load_preload
@@ -36,6 +37,8 @@ from jobq.wire import MAGIC, PREFIX, Answer, Buffer, Bye, Codec, Hello, Order, P
 END_FRAME = PREFIX.pack(MAGIC, 0, 0)
 #: Exit code of a worker whose job closed or replaced the channel's descriptors.
 CHANNEL_GONE = 76
+#: Seconds that processes which jobs left behind have to end when their worker does.
+PATIENCE = 2.0
 #: Linux's number; the `fcntl` module of 3.11 doesn't have the name.
 F_SETSIG = 10
 
@@ -79,8 +82,8 @@ class ChannelPort:
 
     def __init__(self, ends: Ends) -> None:
         self.codec: Codec = PickleCodec()
-        self._memory = SharedPage(ends.page.fd)
-        self.page = self._memory.words
+        self.memory = SharedPage(ends.page.fd)
+        self.page = self.memory.words
         os.close(ends.page.fd)
         self._incoming = Incoming(ends.inbox.fd)
         self._outbox = ends.outbox.fd
@@ -188,9 +191,10 @@ def main(
     the worker has copies.
     """
     try:
-        set_up(ends.lifeline.fd, daemon=daemon)
+        lifeline = set_up(ends.lifeline.fd, daemon=daemon)
         set_standard_input(stdin)
         port = ChannelPort(ends)
+        tame_copies(lifeline, port)
         if recipe is None:
             try:
                 if preload is not None:
@@ -210,9 +214,30 @@ def main(
     leave(inherited)
 
 
-def set_up(lifeline: int, *, daemon: bool) -> None:
-    """Make this process a worker: deaf to Ctrl-C, dead when its driver is."""
-    die_with(lifeline)
+def tame_copies(lifeline: int, port: ChannelPort) -> None:
+    """
+    Let whatever is forked from this process begin no job of it, and end with the run.
+
+    Else a job that comes back in both processes has all that follows in its chunk done twice, and the
+    processes that a killed worker had started go on for ever.
+    """
+    file = os.fstat(lifeline)
+
+    def be_a_copy() -> None:
+        nonlocal lifeline
+        with contextlib.suppress(ImportError, OSError):
+            port.memory.part()
+            port.page[LIMIT] = 0
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(lifeline), file):  # else the job has closed it
+                lifeline = die_with(lifeline)
+
+    os.register_at_fork(after_in_child=be_a_copy)
+
+
+def set_up(lifeline: int, *, daemon: bool) -> int:
+    """Make this process a worker: deaf to Ctrl-C, dead when its driver is; return what `die_with` does."""
+    held = die_with(lifeline)
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGCHLD):
@@ -225,6 +250,7 @@ def set_up(lifeline: int, *, daemon: bool) -> None:
     # The driver starts every worker as a daemon, since it ends them itself; what multiprocessing
     # allows *in* the worker is decided here.
     multiprocessing.current_process()._config["daemon"] = daemon  # type: ignore[attr-defined]
+    return held
 
 
 def set_standard_input(stdin: str | None) -> None:
@@ -262,9 +288,9 @@ class NoInput(io.RawIOBase):
         raise OSError(self._why)
 
 
-def die_with(lifeline: int) -> None:
+def die_with(lifeline: int) -> int:
     """
-    Have the kernel kill this process when the pipe *lifeline* loses its last writer.
+    Have the kernel kill this process when the pipe *lifeline* loses its last writer; return its new number.
 
     Works while user code is busy, without a thread, whichever thread of the driver started us. Where the
     system can't do it, the worker sees the end of its inbox instead, after the job in hand.
@@ -273,7 +299,7 @@ def die_with(lifeline: int) -> None:
         # A signal's owner belongs to the open file, which siblings share: open our own.
         own = os.open(f"/proc/self/fd/{lifeline}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
-        return
+        return lifeline
     with contextlib.suppress(OSError):
         fcntl.fcntl(own, fcntl.F_SETOWN, os.getpid())
         fcntl.fcntl(own, F_SETSIG, signal.SIGKILL)
@@ -283,6 +309,7 @@ def die_with(lifeline: int) -> None:
     poll.register(own, select.POLLIN)
     if poll.poll(0):  # it broke before we listened
         os._exit(1)
+    return own
 
 
 def leave(inherited: Iterable[io.IOBase] = ()) -> NoReturn:
@@ -292,13 +319,31 @@ def leave(inherited: Iterable[io.IOBase] = ()) -> NoReturn:
     Runs what the worker registered with `atexit`, flushes *inherited* files and those it opened itself, and
     waits for no thread.
     """
-    for step in (atexit._run_exitfuncs, multiprocessing.util._exit_function):  # type: ignore[attr-defined]
+    for step in (atexit._run_exitfuncs, end_children, multiprocessing.util._exit_function):  # type: ignore[attr-defined]
         try:
             step()
         except BaseException:  # user code
             traceback.print_exc()
     flush((*open_files(), *inherited, sys.stdout, sys.stderr))
     os._exit(0)
+
+
+def end_children() -> None:
+    """
+    Leave none of the processes that jobs started by `multiprocessing` and did not join.
+
+    Daemons are told to end, as at the end of any program, others have a moment; then they are killed, since
+    they would be waited for without limit.
+    """
+    multiprocessing.util._run_finalizers(0)  # type: ignore[attr-defined]  # pools and managers end their own
+    children = multiprocessing.active_children()
+    for process in children:
+        if process.daemon:
+            process.terminate()
+    deadline = time.monotonic() + PATIENCE
+    for process in children:
+        process.join(max(0.0, deadline - time.monotonic()))
+        process.kill()
 
 
 def open_files() -> list[io.IOBase]:

@@ -225,6 +225,7 @@ def _deaf_to_the_terminal() -> Iterator[None]:
     """Let a process that is spawned here not hear Ctrl-C before it has said that it doesn't want to."""
     resource_tracker.ensure_running()  # its start would unblock the signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGCHLD,))  # a fork server hears of deaths by it
     try:
         yield
     finally:

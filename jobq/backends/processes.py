@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import resource
 import selectors
+import shutil
 import sys
 import weakref
 from abc import abstractmethod
@@ -20,7 +22,7 @@ from typing import ClassVar, Protocol
 from jobq import faults
 from jobq.backend import Plan, Waitable, blank_page, page_words
 from jobq.backends import child
-from jobq.backends.channel import Incoming, Outgoing, SharedPage, close, make_page_file, widen
+from jobq.backends.channel import Incoming, Outgoing, SharedPage, close, make_page_file, readable, widen
 from jobq.backends.launcher import Launcher
 from jobq.backends.memory import OutOfMemory, events_file
 from jobq.backends.nursery import Nursery, NurseryLost, threads_run
@@ -30,6 +32,13 @@ from jobq.wire import MAGIC, PREFIX, Answer, Bye, Codec, Hello, Order, PickleCod
 START_METHODS = ("auto", "fork", "forkserver", "spawn")
 #: How often to try to start one worker while somebody kills what forks it.
 TRIES = 3
+#: What the driver holds of a worker: both ends of the inbox, one of the outbox, the page, pidfd and epitaph.
+DESCRIPTORS_PER_WORKER = 6
+#: What a run holds besides, and what starting a worker takes for a moment.
+SPARE_DESCRIPTORS = 16
+#: Seconds between the end of a dying process's outbox and its own, at most.
+DYING = 1.0
+CLOSED_BY_A_JOB = "closed its channel (a job closed descriptors that are not its own)"
 
 
 class Inbox(Protocol):
@@ -206,9 +215,9 @@ class ProcessWorker:
 
     def _fall_silent(self) -> None:
         self._silence()
-        if self._bye is None:
-            # It is dying, or a job has closed its descriptors: then nobody will ever hear of it again.
-            self._process.kill()
+        # It is dying, or a job has closed its descriptors: then nobody will ever hear of it again.
+        if self._bye is None and not readable(self._process.fd, DYING):
+            self._break(CLOSED_BY_A_JOB)
 
     def _break(self, problem: str) -> None:
         self._problem = problem
@@ -258,6 +267,7 @@ class ProcessBackend:
         self._plan = plan
         self._method = choose_start_method(plan.start_method)
         self._workers: list[ProcessWorker] = []
+        make_sure_of_descriptors(len(plan.recipes))
         self._out_of_memory = OutOfMemory(events_file())
         self._nursery: Nursery | None = None
         self._launcher: Launcher | None = None
@@ -390,6 +400,19 @@ def choose_start_method(asked: str) -> str:
     return "fork" if sys.platform == "linux" and not threads_run() else "forkserver"
 
 
+def make_sure_of_descriptors(workers: int) -> None:
+    """Raise `BackendUnavailable` where this process may not have the descriptors for so many workers."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = workers * DESCRIPTORS_PER_WORKER + SPARE_DESCRIPTORS
+    with contextlib.suppress(OSError):  # no /proc: starting them will tell
+        free = limit - len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+        if free < needed:
+            raise BackendUnavailable(
+                f"{workers} workers need {needed} descriptors, and {free} are free: this process may have "
+                f"{limit} (ulimit -n). Raise the limit, or use fewer workers."
+            )
+
+
 @contextlib.contextmanager
 def semaphores() -> Iterator[None]:
     """Say what is missing where the system has no semaphores to give."""
@@ -399,6 +422,14 @@ def semaphores() -> Iterator[None]:
         if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             raise  # of these there may be more later
         raise BackendUnavailable(
-            f"this backend's queues need POSIX semaphores: {error}. "
-            "Is /dev/shm full or missing? The backend 'pipe' needs none."
+            f"this backend's queues need POSIX semaphores: {error}. {_describe_shm()} "
+            "The backend 'pipe' needs none."
         ) from error
+
+
+def _describe_shm() -> str:
+    try:
+        total, _, free = shutil.disk_usage("/dev/shm")
+    except OSError:
+        return "Is /dev/shm missing?"
+    return f"They live in /dev/shm, where {free:,} of {total:,} bytes are free."

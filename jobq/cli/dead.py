@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jobq.cli.ending import FAILED, exit_code, explained, flush_stdout, print_out, say
-from jobq.cli.run import claim_stdout, conclude, execute, read_options, run
+from jobq.cli.run import claim_stdout, conclude, execute, occupy_standard_streams, read_options, run
 
 if TYPE_CHECKING:
     from jobq.options import RunOptions
@@ -199,6 +199,7 @@ def replay(
             say(f"{file} is empty: no dead letters")
             sys.exit(0)
         target = target or own_target(contents)
+        occupy_standard_streams()
         output_fd = claim_stdout(given)
         loaded = load_target(target)
         plan = plan_replay(contents, loaded.pipeline.graph(), unsafe_pickle=unsafe_pickle)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from jobq.load import Loaded
     from jobq.options import RunOptions
     from jobq.outcome import Outcome
+    from jobq.report import Report
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -117,6 +118,7 @@ def run(target: str, params: dict[str, str], quiet: bool, verbose: bool, **given
     with explained():
         from jobq.load import load_target
 
+        occupy_standard_streams()
         output_fd = claim_stdout(given)
         loaded = load_target(target)
         options = read_options(given, loaded.pipeline.run_options, quiet=quiet, verbose=verbose)
@@ -147,6 +149,20 @@ def read_options(
     options = usual | dict(defaults) | stated
     options["progress"] = options["progress"] and terminal and not quiet
     return read_run_options(options)
+
+
+def occupy_standard_streams() -> None:
+    """
+    Let the numbers 0, 1 and 2 be open files, if only /dev/null.
+
+    Else a channel or a file gets the number of a stream that was closed, and what users' code, or a library,
+    writes to the stream goes there.
+    """
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number, so this one
 
 
 def claim_stdout(given: Mapping[str, Any]) -> int | None:
@@ -186,18 +202,28 @@ def execute(
     return outcome
 
 
+def _dead_letters(options: RunOptions, report: Report) -> Path | None:
+    """Return the file of dead letters, if there is one, as short as it can be from the current folder."""
+    from jobq.observe.dead_file import dead_letter_path
+
+    assert options.dead_letters is not None  # the command line has a default
+    try:
+        file = dead_letter_path(options.dead_letters, pipeline=report.pipeline, run=report.run)
+        if not file.exists():
+            return None
+        return file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
+    except FileNotFoundError:  # a job has removed the current folder
+        return None
+
+
 def conclude(outcome: Outcome, options: RunOptions, *, quiet: bool) -> None:
     """Say what became of the run on standard error."""
-    from jobq.observe.dead_file import dead_letter_path
     from jobq.observe.summary import summary
     from jobq.observe.text import write
 
     report = outcome.report
     if not quiet:
-        assert options.dead_letters is not None  # the command line has a default
-        file = dead_letter_path(options.dead_letters, pipeline=report.pipeline, run=report.run)
-        shown = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
-        write(sys.stderr, summary(report, shown if file.exists() else None) + "\n")
+        write(sys.stderr, summary(report, _dead_letters(options, report)) + "\n")
     if outcome.gave_up is not None:
         say(outcome.gave_up)
     if outcome.unbalanced is not None:

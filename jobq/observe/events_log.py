@@ -133,9 +133,11 @@ class LogObserver:
 
 
 def _started(event: RunStarted) -> str:
+    refused = event.wanted not in (None, event.backend)
+    instead = f" instead of {event.wanted}, which needs semaphores" if refused else ""
     return (
         f"run {event.run} of {event.pipeline} started: {' → '.join(event.stages)} "
-        f"(backend {event.backend}, {event.start_method})"
+        f"(backend {event.backend}{instead}, {event.start_method})"
     )
 
 
