@@ -1,8 +1,8 @@
 """
-Who hears Ctrl-C, SIGTERM and SIGHUP: every run of this process that is in progress, each on a ladder of its own.
+Who hears Ctrl-C, SIGTERM and SIGHUP: every run in progress in this process, each on a ladder of its own.
 
-Several may be (streams that are read in turn), and they need not end in the order in which they began. So
-there is one handler for all, set by the first and put back by the last.
+There may be several (streams that are read in turn), and they need not end in the order in which they began.
+So there is one handler for all, set by the first and put back by the last.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Ladder:
     """
     Takes the stop signals in a ``with``, from before its run is made until it is concluded.
 
-    One that is ignored stays so (``nohup``). Only the main thread may set handlers: in another, signals stay the
-    program's own business.
+    One that is ignored stays so (``nohup``). Only the main thread may set handlers: in another, signals stay
+    the program's own business.
     """
 
     def __init__(self) -> None:
