@@ -25,8 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from jobq import Job, JobqError, Pipeline
+from jobq.cli import main
+from jobq.cli.run import run as run_command
 from jobq.running import prepare
 from jobq.testing import left_since, snapshot
 from tests.test_run import BACKENDS, PROCESSES, Gate, Notes, ints
@@ -454,6 +457,17 @@ def test_ctrl_c_while_a_run_starts_ends_it(
 
     assert run.ends() == 130
     assert run.done() == set()
+
+
+def test_ctrl_c_before_a_command_begins_is_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_command, "invoke", interrupted)
+
+    ended = CliRunner().invoke(main, ["run", "p.py"])
+
+    assert (ended.exit_code, ended.stderr) == (130, "jobq: interrupted\n")
 
 
 def test_ctrl_c_in_the_conclusion_does_not_cut_short_what_is_written(
