@@ -37,7 +37,7 @@ from tests.test_run import BACKENDS, PROCESSES, Gate, Notes, ints
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_leaks")]
 
 #: A safety net: whatever is waited for comes within so many seconds, or the test fails.
-PATIENCE = 20.0
+PATIENCE = 40.0
 #: The variable by which a run's processes are found, whatever became of their parents.
 MARK = "STOPPING_TEST"
 
@@ -304,9 +304,10 @@ def test_the_second_stop_gets_through_whatever_the_workers_do(processes: str, ho
 def test_threads_are_abandoned_at_the_second_stop(how: str, start: Start, gate: Gate) -> None:
     run = start("thread", "-p", f"how={how}", "-p", "count=20")
     run.shows(f"<{how}>", count=2)
+    run.shows("<given>")
 
     run.press(CTRL_C)
-    run.shows("finishing 20 accepted items")
+    run.shows(r"finishing \d+ accepted items")
     run.press(CTRL_C)
 
     assert run.ends() == 130
@@ -388,6 +389,7 @@ def test_a_teardown_that_hangs_is_stopped_in_time_and_said_to_be(backend: str, s
 def test_the_time_for_finishing_has_an_end(processes: str, start: Start) -> None:
     run = start(processes, "-p", "how=deaf", "-p", "count=20", "--shutdown-timeout", "0.5")
     run.shows("<deaf>", count=2)
+    run.shows("<given>")
 
     run.press(CTRL_C)
 
@@ -403,7 +405,7 @@ def test_a_huge_backlog_is_written_down(processes: str, start: Start, tmp_path: 
     run.shows("<given>")
 
     run.press(CTRL_C)
-    run.shows("finishing 20,000 accepted items")
+    run.shows(r"finishing [\d,]+ accepted items")
     run.press(CTRL_C)
 
     assert run.ends() == 130
@@ -500,8 +502,7 @@ def fail(item: Item) -> None:
     run = start(processes, "-p", "count=0")
     run.shows("<loading>")
 
-    run.press(CTRL_C)
-    run.press(CTRL_C)
+    run.send(signal.SIGINT)  # pending at once; a key takes its time to become a signal
     gate.open()
 
     assert run.ends() == 1
