@@ -89,6 +89,7 @@ class Running:
         """Return how the run ended; call it when the driver is through, in the caller's thread."""
         driver, codec = self.driver, self.backend.codec
         hurried = driver.ending.level >= KILL or driver.abandoned
+        self.attended |= driver.ending.level >= KILL  # what is left takes no time
         if not hurried:
             for cancelled in driver.cancelled:
                 for event in self.letters.cancelled(

@@ -6,15 +6,13 @@ Only click is imported before a command runs, so that ``jobq --help`` answers at
 
 from __future__ import annotations
 
-import signal
-import sys
 from typing import Any
 
 import click
 
 from jobq.cli.check import check, graph
 from jobq.cli.dead import dead
-from jobq.cli.ending import SIGNALLED, say
+from jobq.cli.ending import end_interrupted
 from jobq.cli.run import run
 
 
@@ -25,8 +23,7 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            say("interrupted")
-            sys.exit(SIGNALLED + signal.SIGINT)
+            end_interrupted()
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
