@@ -69,7 +69,7 @@ def handlers_back() -> Iterator[None]:
 PROGRAM = """
 import itertools, os, signal, sys, time
 from collections.abc import Iterator
-from jobq import Job, Pipeline
+from jobq import Pipeline
 
 pipeline = Pipeline("p", shutdown_timeout=300)
 
@@ -80,7 +80,7 @@ def pass_gate() -> None:
     os.close(os.open("gate", os.O_RDONLY))
 
 @pipeline.producer
-def numbers(job: Job, count: int = -1, then: str = "") -> Iterator[int]:
+def numbers(count: int = -1, then: str = "") -> Iterator[int]:
     for number in itertools.count() if count < 0 else range(count):
         yield number
     say("given")
