@@ -213,7 +213,7 @@ class Backend(Protocol):
     Starts workers. Made by calling its class with a `Plan`; raises `BackendUnavailable` where it can't work.
 
     ``own_thread``: the driver may run in a thread of its own. False for a backend that runs jobs in the
-    thread that waits for them; its ``interrupt()`` is then called from signal handlers.
+    thread that waits for them; its ``at_work`` is then read by signal handlers.
     """
 
     name: ClassVar[str]
@@ -234,8 +234,9 @@ class Backend(Protocol):
         """How workers are started in fact ("fork", "forkserver", "spawn", "thread", "inline")."""
         ...
 
-    def interrupt(self) -> None:
-        """Raise `Interrupted` if user code is running in this very thread."""
+    @property
+    def at_work(self) -> bool:
+        """Whether user code is running in this very thread, which `Interrupted` would end."""
         ...
 
     def start(self, name: str, recipe: str) -> Worker:

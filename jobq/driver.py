@@ -226,6 +226,11 @@ class Driver:
         self._requested.append(signal or 0)
         self.wake()
 
+    def heed(self) -> None:
+        """Take the steps that were asked for. A signal handler may call it while a job runs in its thread."""
+        while self._requested:
+            self._escalate(self._requested.pop(0), self._clock.monotonic())
+
     def abandon(self) -> None:
         """Stop at once: nobody wants what is left. Jobs in flight and queued are cancelled."""
         self._abandoned = True
@@ -289,8 +294,7 @@ class Driver:
     def _advance(self) -> None:
         """Do everything that can be done now."""
         now = self._clock.monotonic()
-        while self._requested:
-            self._escalate(self._requested.pop(0), now)
+        self.heed()
         while self._calls:
             self._calls.popleft()()
         if self.inlet is not None and not self._closing:
@@ -308,6 +312,9 @@ class Driver:
             self._conclude(now)
         elif now >= self.ending.deadline:
             self._hopeless = self.ending.killed
+            if not self.ending.killed:
+                for pool in self.pools.values():
+                    pool.stop(f"it did not end within {self._shutdown_timeout:g} s")
             self._kill_all()
 
     def _look_at_clocks(self, now: float) -> None:
@@ -566,9 +573,10 @@ class Driver:
             self.scheduler.lost(line, name, (), None, reason, self._clock.monotonic())
         else:
             back = self.scheduler.lost(line, name, tickets, decoding, reason, self._clock.monotonic())
-        if not stopped:
+        if not stopped or member.stopped:
+            why = member.stopped or reason
             self._tell(
-                events.WorkerLostEvent(line.name, name, member.worker.pid, reason, jobs, back, *deliveries)
+                events.WorkerLostEvent(line.name, name, member.worker.pid, why, jobs, back, *deliveries)
             )
         self._report_happenings()
         self._pass_results()
@@ -902,7 +910,13 @@ class Driver:
                 for member in pool.members:
                     self._watch(member)
         reason = REASONS.get(signal, f"signal {signal}")
-        self._tell(events.Stopping(ending.level, reason, self.scheduler.unfinished))
+        workers = sum(len(pool.members) for pool in self.pools.values())
+        # Where jobs run in this very thread nobody can end its wait when the time is over.
+        limited = ending.level == FINISH and self._backend.own_thread
+        seconds = max(0.0, ending.deadline - now) if limited else None
+        self._tell(
+            events.Stopping(ending.level, reason, self.scheduler.unfinished, workers=workers, seconds=seconds)
+        )
         if ending.level >= STOP or (self._keeper is not None and not self._keeper.ready):
             self._stop_now()
         self._hopeless = ending.level >= KILL
@@ -916,7 +930,7 @@ class Driver:
         if not busy and now >= ending.since + PRODUCER_GRACE_SECONDS:
             for pool in self._producers:
                 if pool.line.producing:
-                    pool.kill()
+                    pool.stop("it did not come to its next yield")
 
     def _stop_now(self) -> None:
         """Stop jobs in flight; when every worker is gone, they and all that waits are cancelled."""

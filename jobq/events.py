@@ -122,11 +122,17 @@ class Tick:
 
 @dataclass(frozen=True, slots=True)
 class Stopping:
-    """The run was asked to stop: 1 = no new items, 2 = stop jobs in flight, 3 = kill."""
+    """
+    The run was asked to stop: 1 = no new items, 2 = stop jobs in flight, 3 = kill.
+
+    ``seconds``: the next step is taken then, if it is not asked for before.
+    """
 
     level: int
     reason: str
     unfinished: int
+    workers: int = 0
+    seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

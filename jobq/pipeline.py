@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from jobq.errors import JobsFailed, JobsLost, PipelineError, RunFailed
 from jobq.graph import Graph, build_graph, find_by_name_problems
+from jobq.ladder import Ladder
 from jobq.load import refuse_while_loading
 from jobq.options import NOT_YET, RunOptions, read_run_options
 from jobq.outcome import Outcome
@@ -260,17 +261,18 @@ class Pipeline:
         dead letters. *source*: what takes the place of the producers. *on_error*: called in the worker with
         what jobs raise (`jobq.work.OnError`).
         """
-        with _sink(options, output_fd) as sink:
+        with _sink(options, output_fd) as sink, Ladder() as ladder:
             running = self._prepare(
                 options, parameters, sink, observers, texts=texts, preload=preload, target=target,
                 source=source, on_error=on_error,
             )  # fmt: skip
             try:
-                with running.signals():
+                ladder.lead(running.climb)
+                with running.attention():
                     running.driver.run()
+                return running.conclude()
             finally:
                 running.driver.close()
-            return running.conclude()
 
     def _prepare(
         self,

@@ -49,6 +49,7 @@ class Member:
     retiring: str = ""  # why it is told to end while the run goes on
     recalled: int = 0  # jobs that were taken back, and that the worker has not come past yet
     gone: bool = False
+    stopped: str = ""  # by us, and why
     registered: tuple[Waitable, ...] = ()
     totals: Totals = field(default_factory=Totals)
     overdue: set[int] = field(default_factory=set)  # tickets for which it is being stopped
@@ -203,6 +204,12 @@ class Pool:
             member.worker.page[STOPPING] = 1
             if self.line.is_producer:
                 member.worker.page[LIMIT] = 0
+
+    def stop(self, why: str) -> None:
+        """Stop every worker now, and say so."""
+        for member in self.members:
+            member.stopped = f"was stopped: {why}"
+        self.kill()
 
     def kill(self) -> None:
         """Stop every worker now."""

@@ -7,25 +7,23 @@ import gc
 import importlib
 import random
 import selectors
-import signal
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from jobq import backends, events
 from jobq.annotations import read_signature
 from jobq.backend import Backend, Plan, Preload, Recipe
 from jobq.driver import KILL, STOP, Clock, Driver
-from jobq.errors import PipelineError
+from jobq.errors import Interrupted, PipelineError
 from jobq.failure import JsonForm
 from jobq.graph import Edge, Graph, Node, Route, bind, find_by_name_problems
 from jobq.inputs import Source, input_source
 from jobq.keeper import RECIPE, KeeperRecipe
+from jobq.ladder import waking
 from jobq.letters import Letters, cannot_be_loaded
 from jobq.locks import open_desk
 from jobq.options import RunOptions
@@ -41,8 +39,6 @@ from jobq.work import OnError, ResourceUse, RouteUse, StageRecipe
 if TYPE_CHECKING:
     from jobq.inlet import Inlet
     from jobq.observe.log import LogSettings
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(slots=True)
@@ -87,11 +83,13 @@ class Running:
     began: float
     clock: Clock
     file: events.Observer | None = None
+    attended: bool = False  # whoever the main thread works for heeds the stops
 
     def conclude(self) -> Outcome:
         """Return how the run ended; call it when the driver is through, in the caller's thread."""
         driver, codec = self.driver, self.backend.codec
         hurried = driver.ending.level >= KILL or driver.abandoned
+        self.attended |= driver.ending.level >= KILL  # what is left takes no time
         if not hurried:
             for cancelled in driver.cancelled:
                 for event in self.letters.cancelled(
@@ -144,36 +142,28 @@ class Running:
                 results += items
         return tuple(unloadable)
 
+    def climb(self, number: int) -> bool:
+        """
+        Take a stop signal; return whether it is to interrupt the program. Called by a signal handler.
+
+        The third is, where the main thread is in the program's own code, or in conclusions.
+        """
+        self.driver.request_stop(number)
+        if self.backend.at_work:  # the driver waits for the very job that we came upon
+            self.driver.heed()
+            if self.driver.stops >= STOP:
+                raise Interrupted
+        return not self.attended and self.driver.stops >= KILL
+
     @contextlib.contextmanager
-    def signals(self) -> Iterator[None]:
-        """
-        Let Ctrl-C, SIGTERM and SIGHUP climb the ladder inside the ``with``; then they are as they were.
-
-        One that is ignored stays so (``nohup``). Only the main thread may set handlers: in another, signals
-        stay the program's own business.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def climb(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  # the handler's form
-            self.driver.request_stop(number)
-            if self.driver.stops >= STOP and not self.backend.own_thread:
-                self.backend.interrupt()
-
-        before = {}
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                before[number] = signal.signal(number, climb)
-        # The handler alone would not do: a signal that comes between the interpreter's last look and its
-        # wait only sets a flag.
-        wakeup = signal.set_wakeup_fd(self.driver.wake_fd, warn_on_full_buffer=False)
+    def attention(self) -> Iterator[None]:
+        """Inside the ``with`` this thread drives, or waits for the driver: each wait ends at a signal."""
+        before, self.attended = self.attended, True
         try:
-            yield
+            with waking(self.driver.wake_fd):
+                yield
         finally:
-            signal.set_wakeup_fd(wakeup)
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            self.attended = before
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from jobq.annotations import spell
-from jobq.errors import JobqError, JobsLost, JoinTimeout, PayloadError, RunFailed
+from jobq.errors import Interrupted, JobqError, JobsLost, JoinTimeout, PayloadError, RunFailed
 from jobq.inlet import Entry, Inlet, Takers
 from jobq.letters import cannot_be_loaded, rebuild
 from jobq.lineage import Fate
@@ -559,7 +559,8 @@ class Session:
         def strike(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  # the handler's form
             nonlocal struck
             struck = True
-            self._running.backend.interrupt()
+            if self._running.backend.at_work:
+                raise Interrupted
 
         signal.signal(signal.SIGINT, strike)
         try:

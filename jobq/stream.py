@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from jobq.ladder import Ladder
 from jobq.letters import cannot_be_loaded
 from jobq.results import Sink, Stream
 from jobq.wire import Undecodable
@@ -72,10 +73,11 @@ class ResultStream(Iterator[Any]):
     def _begin(self) -> None:
         observers = self._cleanup.enter_context(self._observing)
         try:
+            ladder = self._cleanup.enter_context(Ladder())
             running = self._running = self._start(self._sink, observers)
             self._cleanup.callback(running.driver.close)
             self._sink.wake = running.driver.wake
-            self._cleanup.enter_context(running.signals())
+            ladder.lead(running.climb)
         except BaseException:
             self._over = True
             self._cleanup.close()
@@ -91,26 +93,34 @@ class ResultStream(Iterator[Any]):
             running.driver.begin()
 
     def _take(self) -> Block | None:
-        if self._thread is not None:
-            return self._sink.take()
         assert self._running is not None
-        while (block := self._sink.poll()) is None:
-            if self._running.driver.step():
-                return self._sink.poll()
+        with self._running.attention():
+            if self._thread is not None:
+                return self._sink.take()
+            while (block := self._sink.poll()) is None:
+                if self._running.driver.step():
+                    return self._sink.poll()
         return block
 
     def _finish(self) -> None:
         """Take the run as ended: set the report, raise what it ended with."""
-        assert self._running is not None
         self._over = True
+        with self._cleanup:
+            outcome = self._ended()
+        self._conclude(outcome)
+
+    def _ended(self) -> Outcome:
+        assert self._running is not None
         if self._thread is not None:
-            self._thread.join()
-        self._cleanup.close()
+            with (
+                self._running.attention()
+            ):  # up to 3.12 a `join` that is interrupted takes the thread for ended
+                self._thread.join()
         if self._crashes:
             raise self._crashes[0]
         outcome = self._running.conclude()
         self.report = outcome.report
-        self._conclude(outcome)
+        return outcome
 
     def close(self) -> None:
         """Stop the run if it has not ended; jobs in flight and queued are cancelled. Idempotent."""
@@ -120,14 +130,13 @@ class ResultStream(Iterator[Any]):
         if self._running is None:
             return
         self._items = []
-        self._running.driver.abandon()
-        if self._thread is not None:
-            self._thread.join()
-        else:
-            while not self._running.driver.step():
-                pass
-        self._cleanup.close()
-        self.report = self._running.conclude().report
+        with self._cleanup:
+            self._running.driver.abandon()
+            if self._thread is None:
+                with self._running.attention():
+                    while not self._running.driver.step():
+                        pass
+            self._ended()
 
     def __enter__(self) -> ResultStream:
         return self

@@ -148,10 +148,10 @@ class InlineBackend:
         self._plan = plan
         self._workers: list[InlineWorker] = []
 
-    def interrupt(self) -> None:
-        """Raise `Interrupted` if a job is running in this thread: for signal handlers."""
-        if any(worker.working for worker in self._workers):
-            raise Interrupted
+    @property
+    def at_work(self) -> bool:
+        """Whether a job is running in this thread: for signal handlers."""
+        return any(worker.working for worker in self._workers)
 
     def start(self, name: str, recipe: str) -> InlineWorker:
         """Make a worker for a recipe of the plan; it opens when the driver first waits for it."""

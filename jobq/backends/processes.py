@@ -291,8 +291,10 @@ class ProcessBackend:
     def make_inbox(self) -> Inbox:
         """Return an empty inbox."""
 
-    def interrupt(self) -> None:
-        """Do nothing: no user code runs in the driver's thread."""
+    @property
+    def at_work(self) -> bool:
+        """Never: no user code runs in the driver's thread."""
+        return False
 
     def start(self, name: str, recipe: str) -> ProcessWorker:
         """

@@ -152,8 +152,10 @@ class ThreadBackend:
         self._plan = plan
         self._workers: list[ThreadWorker] = []
 
-    def interrupt(self) -> None:
-        """Do nothing: no user code runs in the driver's thread."""
+    @property
+    def at_work(self) -> bool:
+        """Never: no user code runs in the driver's thread."""
+        return False
 
     def start(self, name: str, recipe: str) -> ThreadWorker:
         """Start a thread for a recipe of the plan."""

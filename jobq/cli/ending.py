@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from jobq.outcome import Outcome
@@ -49,6 +49,13 @@ def print_out(text: str) -> None:
     sys.stdout.flush()
 
 
+def end_interrupted() -> NoReturn:
+    """End the command as one that Ctrl-C ended; a key that is held down strikes again meanwhile."""
+    with suppress(KeyboardInterrupt):
+        say("interrupted")
+    sys.exit(SIGNALLED + signal.SIGINT)
+
+
 @contextmanager
 def explained() -> Iterator[None]:
     """End the command with the exit code and the message of an error that leaves the ``with``."""
@@ -67,8 +74,7 @@ def explained() -> Iterator[None]:
         silence_stdout()
         sys.exit(STDOUT_CLOSED)
     except KeyboardInterrupt:
-        say("interrupted")
-        sys.exit(SIGNALLED + signal.SIGINT)
+        end_interrupted()
     except OSError as error:
         say(str(error))
         sys.exit(GAVE_UP)

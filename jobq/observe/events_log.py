@@ -27,6 +27,12 @@ _NEXT_STEP = {
     2: "stopping the jobs in progress, {items} unfinished, press Ctrl-C again to kill the workers",
     3: "killing the workers, {items} unfinished",
 }
+#: The same where no item is left, and workers have yet to end.
+_NEXT_STEP_AT_THE_END = {
+    1: "no accepted item is left, waiting for {workers} to end, press Ctrl-C again to stop now",
+    2: "no accepted item is left, stopping {workers}, press Ctrl-C again to kill",
+    3: "killing the workers, no accepted item is left",
+}
 
 
 class LogObserver:
@@ -183,7 +189,11 @@ def _below(reason: str) -> dict[str, str]:
 
 
 def _stopping(event: Stopping) -> str:
-    return f"{event.reason}; {_NEXT_STEP[event.level].format(items=_items(event.unfinished, 'accepted '))}"
+    steps = _NEXT_STEP if event.unfinished else _NEXT_STEP_AT_THE_END
+    workers = f"{event.workers} worker{'' if event.workers == 1 else 's'}"
+    step = steps[event.level].format(items=_items(event.unfinished, "accepted "), workers=workers)
+    latest = "" if event.seconds is None else f" (at the latest in {event.seconds:.0f} s)"
+    return f"{event.reason}; {step}{latest}"
 
 
 def _items(count: int, kind: str = "") -> str:

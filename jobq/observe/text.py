@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import IO, Any
 
@@ -61,7 +62,8 @@ def write(stream: IO[str] | None, text: str) -> bool:
             stream.write(text.encode("utf-8", "backslashreplace").decode())
             stream.flush()
             return True
-        stream.flush()
+        with contextlib.suppress(RuntimeError):  # a signal came while it was being written to
+            stream.flush()
         encoding = getattr(stream, "encoding", None) or "utf-8"
         write_all(descriptor, text.encode(encoding, "backslashreplace"))
     except (OSError, ValueError, LookupError):  # closed, full, gone

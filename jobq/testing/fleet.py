@@ -714,8 +714,10 @@ class Fleet:
         """Return 'simulated': no process is started."""
         return "simulated"
 
-    def interrupt(self) -> None:
-        """Do nothing: no signal handler is set."""
+    @property
+    def at_work(self) -> bool:
+        """Never: no user code runs in the driver's thread."""
+        return False
 
     def start(self, name: str, recipe: str) -> FleetWorker:
         """Start a worker; now and then a replacement is refused."""
