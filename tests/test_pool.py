@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from jobq.backend import IDLE, LANES, LIMIT, NO_LIMIT, Page, blank_page, page_words, past
+from jobq.backend import CLAIMED, IDLE, LANES, LIMIT, NO_LIMIT, Page, blank_page, page_words, past
 from jobq.pool import Member, Pool
 
 
@@ -41,6 +41,14 @@ def test_what_was_begun_is_not_taken_back_though_it_is_not_in_hand_any_more(
     assert member.worker.page[LIMIT] == first_not_begun
     member.allow_all()
     assert member.worker.page[LIMIT] == NO_LIMIT
+
+
+def test_what_is_claimed_may_have_begun() -> None:
+    member = member_with(3)
+    member.worker.page[CLAIMED] = 6
+
+    assert member.tickets() == [3, 4, 5]
+    assert member.stop_beginning() == 6
 
 
 def test_only_jobs_in_hand_have_an_age() -> None:

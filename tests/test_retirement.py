@@ -75,6 +75,20 @@ def test_no_worker_does_more_jobs_than_it_may(backend: str, options: dict[str, A
     assert (stage.worker_restarts, stage.redelivered, stage.retried) == (0, 0, 0)
 
 
+@pytest.mark.parametrize("backend", PROCESSES)
+def test_jobs_of_no_length_are_counted_like_others(backend: str) -> None:
+    pipeline = ints(3000)
+
+    @pipeline.consumer(max_tasks_per_worker=500, workers=2)
+    def work(item: int) -> int:  # noqa: ARG001
+        return os.getpid()
+
+    results = run(pipeline, backend).results
+
+    assert len(results) == 3000
+    assert max(results.count(pid) for pid in set(results)) == 500
+
+
 @pytest.mark.parametrize("kind", ["threads", "tasks", "batches"])
 @pytest.mark.parametrize("backend", PROCESSES)
 def test_lanes_share_what_their_worker_may_do_and_a_batch_counts_as_one(
@@ -239,6 +253,23 @@ def test_after_a_memory_error_no_job_begins_in_that_worker(
     failed = next(noted for noted in by_worker(notes).values() if "11" in noted)
     assert failed[-2:] == ["11", "close"]
     assert (report.stages["work"].worker_restarts, report.stages["work"].redelivered) == (0, 0)
+
+
+@pytest.mark.parametrize("backend", PROCESSES)
+def test_after_a_memory_error_jobs_of_no_length_go_elsewhere_too(backend: str) -> None:
+    pipeline = ints(6000)
+
+    @pipeline.consumer
+    def work(item: int) -> int:
+        if item == 3000:
+            raise MemoryError
+        return os.getpid() * 10_000 + item
+
+    report = run(pipeline, backend)
+
+    done = dict(divmod(result, 10_000)[::-1] for result in report.results)
+    assert sorted(done) == [item for item in range(6000) if item != 3000]
+    assert {done[item] for item in range(3000)}.isdisjoint({done[item] for item in range(3001, 6000)})
 
 
 @pytest.mark.parametrize("options", [{}, {"concurrency": 3}], ids=str)
