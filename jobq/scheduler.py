@@ -893,14 +893,20 @@ class Scheduler:
         return 1
 
     def _charge_batch(self, line: Line, worker: str, parts: list[Part], reason: str, *, charged: bool) -> int:
-        """Count a delivery against each job of a batch: the batch is tried again whole, or given up."""
-        if charged and any(part.delivery >= line.node.stage.consumer.max_deliveries for part in parts):
-            for part in parts:
+        """
+        Count a delivery against each job of a batch: it is tried again, less the jobs that have had theirs.
+
+        Jobs of one batch may differ: one that had not begun when its worker died was made up anew.
+        """
+        group = []
+        for part in parts:
+            if charged and part.delivery >= line.node.stage.consumer.max_deliveries:
                 for index in range(part.block.count):
                     self._bury(line, worker, part.take(index, index + 1), _lost_failure(part, reason))
-            return 0
-        group = [replace(part, delivery=part.delivery + charged) for part in parts]
-        line.groups.appendleft(group)
+            else:
+                group.append(replace(part, delivery=part.delivery + charged))
+        if group:
+            line.groups.appendleft(group)
         line.count_queued(group)
         return sum(part.block.count for part in group)
 

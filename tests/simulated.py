@@ -133,7 +133,9 @@ def halved(number: int) -> float:
     return number / 2
 
 
-@wide.consumer(workers=2, source=["left", "right"], max_retries=3, min_backoff=0.5, timeout=0.5)
+@wide.consumer(
+    workers=2, source=["left", "right"], max_retries=3, min_backoff=0.5, timeout=0.5, max_tasks_per_worker=3
+)
 def named(number: int, job: Job) -> str:
     return f"{number}/{job.attempt}"
 

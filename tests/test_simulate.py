@@ -69,6 +69,7 @@ def test_a_seed_gives_the_same_run_in_every_process() -> None:
     assert len(told) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pipeline", ALL, ids=lambda pipeline: pipeline.name)
 @pytest.mark.usefixtures("no_leaks")
 def test_every_promise_holds_under_every_seed(pipeline: Pipeline) -> None:
@@ -269,6 +270,15 @@ def test_the_driver_sleeps_while_a_batch_takes_long() -> None:
     assert max(run.waits for run in over(range(20), simulated.batches)) < 200 < restless
 
 
+BURIES_NEIGHBOURS = Bug(
+    "a batch is given up for the one job that has had its deliveries",
+    Scheduler, "_charge_batch",
+    "if charged and part.delivery >= line.node.stage.consumer.max_deliveries:",
+    "if charged and any(one.delivery >= line.node.stage.consumer.max_deliveries for one in parts):",
+)  # fmt: skip
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bug", "pipeline", "seeds", "given"),
     [
@@ -276,6 +286,7 @@ def test_the_driver_sleeps_while_a_batch_takes_long() -> None:
         (SPINS_WHEN_HALTED, simulated.plain, 200, {"max_failures": 2}),
         (KEEPS_WHAT_IS_HELD, simulated.ordered, 60, {"faults": Faults(signals=1)}),
         (FORGETS_DROPPED_PARTS, simulated.streams, 200, {}),
+        (BURIES_NEIGHBOURS, simulated.batches, 200, {"faults": Faults(deaths=0.15)}),
         (TAKES_LATE_PARTS, simulated.streams, 200, {"faults": Faults(races=1)}),
     ],
     ids=lambda value: value.what if isinstance(value, Bug) else "",

@@ -33,6 +33,7 @@ from jobq.backend import (
     blank_page,
     may_begin,
     page_words,
+    past,
 )
 from jobq.backends.child import describe_failure
 from jobq.errors import BrokenChannel, EndOfChannel
@@ -373,7 +374,7 @@ class FleetWorker:
     def _tickets(self) -> list[int]:
         if self.page[CLAIMED] != IDLE:
             return list(range(self.page[LANES], self.page[CLAIMED]))
-        return [self.page[word] for word in range(LANES, len(self.page), 2) if self.page[word] != IDLE]
+        return [self.page[word] for word in range(LANES, len(self.page), 2) if self.page[word] >= 0]
 
     def _limited(self, limit: int) -> None:
         """The driver writes the limit."""
@@ -565,8 +566,9 @@ class ConsumerWorker(FleetWorker):
         except BaseException as error:  # user code: resources can't be opened
             self._break(error)
             return
-        if self._lanes > 1:
-            self.page[LANES + 2 * job.lane] = IDLE
+        word = LANES + 2 * job.lane
+        if self._lanes > 1 and self.page[word] >= 0:
+            self.page[word] = past(self.page[word])
         ticket = hand.order.number + job.low
         if ticket == self.page[CLAIMED] - 1 or (self.page[CLAIMED] != IDLE and job.fate != "fine"):
             self.page[LANES] = ticket
@@ -582,8 +584,8 @@ class ConsumerWorker(FleetWorker):
         if final:
             self._orders.remove(hand)
             self._answer(hand, final=True)
-            if self._lanes == 1:
-                self.page[LANES] = IDLE
+            if self._lanes == 1 and self.page[LANES] >= 0:
+                self.page[LANES] = past(self.page[LANES])
         elif (hand.done or hand.skipped) and (self._lanes > 1 or self.world.chance.random() < 0.2):
             self._answer(hand, final=False)
 
@@ -625,7 +627,14 @@ class ConsumerWorker(FleetWorker):
             self._through(self._jobs[0])
             self._hidden = False
         if stopped:
-            self.ledger.taken_back(self, max([limit, *(ticket + 1 for ticket in self._tickets())]))
+            self.ledger.taken_back(self, max(limit, self._begun() + 1))
+
+    def _begun(self) -> int:
+        """Return the last ticket that its page shows as begun, in hand or not, or that may be."""
+        if self.page[CLAIMED] != IDLE:
+            return self.page[CLAIMED] - 1
+        shown = [self.page[word] for word in range(LANES, len(self.page), 2)]
+        return max(ticket if ticket >= 0 else past(ticket) for ticket in shown)
 
 
 class ProducerWorker(FleetWorker):
@@ -695,6 +704,7 @@ class Fleet:
 
     name: ClassVar[str] = "simulated"
     own_thread: ClassVar[bool] = True
+    at_work: ClassVar[bool] = False
 
     def __init__(self, world: World, ledger: Ledger, *, by_reference: bool) -> None:
         self.world = world
