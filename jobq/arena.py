@@ -31,7 +31,7 @@ from typing import Any, TypeAlias
 Buffer: TypeAlias = bytes | memoryview
 
 #: Items whose pickle is at least so long go through the arena: below, the pipe costs no more.
-LARGE_BYTES = 128 * 1024
+LARGE_BYTES = 64 * 1024
 #: What one worker may give at most. Addresses, not memory: that is used only as far as it was ever needed.
 REGION_BYTES = 256 * 1024 * 1024
 #: The start of a region: a byte for each slot.
@@ -408,7 +408,7 @@ class Arena:
             self._let.discard(region)
 
     def lease(self, region: int, *numbers: int) -> Lease:
-        """Return the lease of a slot of which its giver told us; raises `ValueError` if it isn't the giver's."""
+        """Return the lease of a slot of which its giver told us; raises `ValueError` if it isn't his."""
         index, _, offset, length = numbers
         start = region * REGION_BYTES
         inside = start + LEDGER_BYTES <= offset and offset + length <= start + REGION_BYTES

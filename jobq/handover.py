@@ -109,6 +109,10 @@ class Cloakroom:
             os.close(fd)
 
 
+class Ticketed(bytes):
+    """A piece with a ticket, as long as a chunk may be, or longer."""
+
+
 class SocketPickler:
     """Pickles what `pickle` does, and sockets and connections as tickets of a cloakroom of its own."""
 
@@ -141,7 +145,7 @@ class SocketPickler:
         pickler = pickle.Pickler(file, PROTOCOL)
         pickler.dispatch_table = self._reducers
         pickler.dump(item)
-        return file.getvalue().ljust(ALONE_BYTES, b"\0")  # what follows a pickle's end is not read
+        return Ticketed(file.getvalue().ljust(ALONE_BYTES, b"\0"))  # what follows a pickle's end is not read
 
     def _reduce_socket(self, given: socket.socket) -> tuple[Any, ...]:
         return take_socket, (*self._cloakroom.keep(given.fileno()), given.gettimeout())

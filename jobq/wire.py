@@ -41,6 +41,8 @@ SMALL_BYTES = 16 * 1024
 
 #: A chunk has no more bytes, unless a single item has: past 64 KiB it falls out of the caches.
 CHUNK_BYTES = 64 * 1024
+#: In the arena there may be so many times more: 4 MiB of items that need only be copied out.
+PLACED_WEIGHT = 64
 
 #: Large items are looked for where items have so many bytes on average: else one more is of no weight.
 SPARSE_BYTES = 512
@@ -63,6 +65,11 @@ class Block(Protocol):
     @property
     def nbytes(self) -> int:
         """How many bytes they take on the wire (0 where items travel by reference)."""
+        ...
+
+    @property
+    def weight(self) -> int:
+        """What they count of the bytes that a chunk may have."""
         ...
 
     @property
@@ -100,6 +107,11 @@ class PackedObjects:
         """How many bytes the items take."""
         return len(self.body)
 
+    @property
+    def weight(self) -> int:
+        """The same."""
+        return len(self.body)
+
     def positions(self) -> array[int]:
         """Return where each item ends, in ``body``'s own count plus ``base``."""
         ends = array("Q")
@@ -130,11 +142,20 @@ class PackedPlaced(PackedObjects):
     """Items of which some lie in the arena: those have a place, and no bytes in ``body``."""
 
     places: tuple[Place | None, ...] = ()
+    placed: int = field(init=False)  # bytes in the arena
+
+    def __post_init__(self) -> None:
+        self.placed = sum([place.length for place in self.places if place is not None])
 
     @property
     def nbytes(self) -> int:
         """How many bytes the items take, wherever they lie."""
-        return len(self.body) + sum([len(place) for place in self.places if place is not None])
+        return len(self.body) + self.placed
+
+    @property
+    def weight(self) -> int:
+        """Less than they take: what lies in the arena need not travel."""
+        return len(self.body) + self.placed // PLACED_WEIGHT
 
     def take(self, low: int, high: int) -> PackedPlaced:
         """Return the items ``low <= i < high``, copying none."""
@@ -195,6 +216,11 @@ class PackedScalars:
         """This part's share of the body's bytes."""
         return len(self.body) * (self.high - self.low) // (self.total or 1)
 
+    @property
+    def weight(self) -> int:
+        """The same."""
+        return self.nbytes
+
     def take(self, low: int, high: int) -> PackedScalars:
         """Return the items ``low <= i < high``: the same body, a narrower view."""
         return PackedScalars(self.body, self.total, self.low + low, self.low + high, self.only)
@@ -221,6 +247,11 @@ class References:
         """Zero: nothing is copied, and nobody knows how large the objects are."""
         return 0
 
+    @property
+    def weight(self) -> int:
+        """Zero."""
+        return 0
+
     def take(self, low: int, high: int) -> References:
         """Return the items ``low <= i < high``."""
         return References(self.items[low:high])
@@ -232,6 +263,7 @@ class Counted:
 
     count: int
     nbytes: ClassVar[int] = 0
+    weight: ClassVar[int] = 0
     shared: ClassVar[bool] = False
     body: ClassVar[bytes] = b""
 
@@ -500,7 +532,7 @@ class PickleCodec:
     # then copied; after it, items are pickled piecemeal, and long contents copied straight into the arena.
 
     def _place(self, piece: bytes | Slot) -> bytes | Slot:
-        if len(piece) < LARGE_BYTES or isinstance(piece, Slot):
+        if len(piece) < LARGE_BYTES or type(piece) is not bytes:
             return piece
         assert self._arena is not None
         pickled = Pickled()
@@ -543,9 +575,7 @@ class PickleCodec:
         if small and types <= SCALARS:
             only = first.__name__ if same else ""
             return PackedScalars(pickle.dumps(items, PROTOCOL), len(items), 0, len(items), only)
-        if self._arena is not None and any(
-            type(item) in TEXTS and len(item) >= LARGE_BYTES for item in items
-        ):
+        if self._arena is not None and any(len(item) >= LARGE_BYTES for item in items if type(item) in TEXTS):
             self._expect_large()
         return self.block([self.encode(item) for item in items])
 

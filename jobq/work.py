@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from jobq import faults
 from jobq.annotations import Signature, read_signature, spell
-from jobq.arena import Slot
+from jobq.arena import LARGE_BYTES, Slot
 from jobq.backend import DECODING, HINT, IDLE, LANES, LIMIT, STOPPING, Port, Work, may_begin, past
 from jobq.claims import CLAIM_JOBS, QUICK_SECONDS, Claims
 from jobq.errors import Interrupted, PayloadError, Skip, TimeLimitExceeded
@@ -37,6 +37,7 @@ from jobq.stage import Job, Resource, Shard, Stage
 from jobq.validation import Router, Validator
 from jobq.wire import (
     CHUNK_BYTES,
+    PLACED_WEIGHT,
     SCALARS,
     TEXTS,
     Chunk,
@@ -950,7 +951,7 @@ class Producer:
             if texts:
                 size = sum(map(_text_length, outcomes[before:]))
                 nbytes += size
-                unsent_bytes += size
+                unsent_bytes += size if size < wanted * LARGE_BYTES else size // PLACED_WEIGHT
                 self._length = max(1, size // wanted)
             if len(outcomes) - before < wanted:
                 return True
