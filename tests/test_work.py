@@ -18,6 +18,7 @@ from jobq.annotations import read_signature
 from jobq.backend import DECODING, HINT, IDLE, LANES, LIMIT, STOPPING, Page, blank_page, page_words, past
 from jobq.stage import ConsumerOptions, ProducerOptions, Resource, Stage, locate
 from jobq.wire import (
+    CHUNK_BYTES,
     Answer,
     Chunk,
     Codec,
@@ -902,6 +903,20 @@ def test_bytes_end_a_grant_with_the_item_that_exceeds_them(pickled: Codec) -> No
         bench.grant(1000, 3500)
 
         assert len(bench.given()) == 4
+
+
+def test_no_more_long_texts_are_taken_in_one_go_than_a_chunk_may_have(pickled: Codec) -> None:
+    def texts() -> Iterator[str]:
+        while True:
+            yield "x" * 1000
+
+    with producer(texts, pickled) as bench:
+        taken = []
+        for _ in range(20):  # each time twice as many, were it not for their length
+            bench.grant(1000, 1)
+            taken.append(len(bench.given()))
+
+    assert max(taken) <= CHUNK_BYTES // 1000 + 1
 
 
 @pytest.mark.parametrize("function", [numbers, things])
