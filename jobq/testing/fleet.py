@@ -87,6 +87,11 @@ class Tracked:
         return len(self.pieces)
 
     @property
+    def weight(self) -> int:
+        """What they count of the bytes that a chunk may have."""
+        return self.nbytes
+
+    @property
     def shared(self) -> bool:
         """Whether a part of it would carry the bytes of all: scalars are pickled as one list."""
         return bool(self.pieces) and type(self.pieces[0]) is not Pickled
