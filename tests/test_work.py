@@ -342,6 +342,20 @@ def sort(i: int) -> int | str:
     return i if i % 2 else str(i)
 
 
+def test_what_jobs_of_two_routes_gave_is_theirs_in_every_answer(codec: Codec) -> None:
+    def give(i: int) -> int | str:
+        if i == 2:
+            bench.work.flush()  # type: ignore[attr-defined]  # as the flusher may at any moment
+        return str(i) if i % 2 else i
+
+    with Bench(give, codec, routes=(RouteUse("items"),) * 2, member_routes=(0, 1)) as bench:
+        answers = bench.do(0, 1, 2, 3, 4, 5)
+
+        assert len(answers) == 2
+        assert (bench.given(0), bench.parents(0)) == ([0, 2, 4], [0, 2, 4])
+        assert (bench.given(1), bench.parents(1)) == (["1", "3", "5"], [1, 3, 5])
+
+
 def test_an_item_of_a_union_takes_the_route_of_its_type(codec: Codec) -> None:
     with Bench(sort, codec, routes=(RouteUse("items"),) * 2, member_routes=(0, 1)) as bench:
         answers = bench.do(1, 2, 3, 4)
