@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import resource
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -579,6 +580,25 @@ def test_where_the_system_has_no_memory_files_large_items_go_through_the_pipe(
     arena.close()
     assert sorted(run(pipeline, backend).results) == list(range(5))
     assert books == [0, 0]
+
+
+@pytest.mark.usefixtures("no_leaks")
+def test_a_limit_on_the_size_of_files_is_no_limit_on_items(backend: str, books: list[int]) -> None:
+    pipeline = arrays(5)
+
+    @pipeline.consumer
+    def work(item: np.ndarray) -> float:
+        return float(item[-1])
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+    try:
+        report = run(pipeline, backend)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    assert sorted(report.results) == list(range(5))
+    assert books == [0]
 
 
 @pytest.mark.usefixtures("no_leaks")
