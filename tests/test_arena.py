@@ -23,7 +23,6 @@ from jobq import arena as module
 from jobq.arena import LARGE_BYTES, LEDGER_BYTES, NOWHERE, Arena, Pickled, Region, Slot, Tenant
 from jobq.shapes import shape_of
 from jobq.wire import Chunk, PackedObjects, PackedPlaced, Part, PickleCodec, owned, pack, unpack
-from tests.test_deaths import DiesOnce
 from tests.test_run import PROCESSES, Notes, run
 
 METHODS = [("joinable", "fork"), ("sentinel", "fork"), ("pipe", "fork"), ("joinable", "spawn")]
@@ -525,6 +524,19 @@ def test_deaths_lose_no_slot_and_no_byte(
     assert report.ok and sorted(set(map(int, notes.lines()))) == expected
     assert report.stages["first"].worker_restarts == 3
     assert books[-1] >= 24
+
+
+class DiesOnce:
+    """Kills the process that pickles it, the first time."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if not self.marker.exists():
+            self.marker.touch()
+            os.kill(os.getpid(), 9)
+        return str, ("survived",)
 
 
 class DiesOnUse:
