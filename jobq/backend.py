@@ -25,6 +25,7 @@ from collections.abc import Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple, Protocol, TypeAlias
 
+from jobq.arena import NOWHERE
 from jobq.errors import EndOfChannel
 from jobq.wire import Answer, Codec, Order, Said
 
@@ -42,9 +43,11 @@ STOPPING = 2
 DECODING = 3
 #: Word 4, the worker's: where the claim ends that begins with the ticket in hand (`jobq.claims`), or IDLE.
 CLAIMED = 4
-#: From word 5 on, two for each lane, the worker's: the ticket in hand, or `past` the last one, or IDLE; and
+#: Word 5, the driver's: which region of the arena is this worker's (`jobq.arena`), or NOWHERE.
+REGION = 5
+#: From word 6 on, two for each lane, the worker's: the ticket in hand, or `past` the last one, or IDLE; and
 #: when it began (`time.monotonic_ns`; only where the stage has a time limit).
-LANES = 5
+LANES = 6
 
 #: Ticket in hand: nothing, and nothing was.
 IDLE = -1
@@ -79,6 +82,7 @@ def blank_page(page: Page) -> None:
     page[STOPPING] = 0
     page[DECODING] = IDLE
     page[CLAIMED] = IDLE
+    page[REGION] = NOWHERE
     for word in range(LANES, len(page), 2):
         page[word] = IDLE
         page[word + 1] = 0

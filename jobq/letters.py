@@ -12,7 +12,16 @@ from jobq.events import JobDead
 from jobq.failure import JsonForm, describe_item, safe_text
 from jobq.report import DeadLetter
 from jobq.scheduler import Dead
-from jobq.wire import Codec, Failure, PackedObjects, PackedScalars, Part, References, Undecodable
+from jobq.wire import (
+    Codec,
+    Failure,
+    PackedObjects,
+    PackedPlaced,
+    PackedScalars,
+    Part,
+    References,
+    Undecodable,
+)
 
 #: So many letters a report holds; the counts and the file have all.
 LETTERS_KEPT = 10_000
@@ -44,6 +53,8 @@ class Letters:
 
     def make(self, dead: Dead) -> JobDead:
         """Return the event for *dead*; nothing pickled is loaded, except plain scalars."""
+        if dead.part is not None and isinstance(dead.part.block, PackedPlaced):  # letters are kept long
+            dead = replace(dead, part=replace(dead.part, block=dead.part.block.owned()))
         failure, part = dead.failure, dead.part
         untold = failure.item_repr is None  # the driver's own: nobody has looked at the item
         scalar = _scalar_json(part) if untold else None

@@ -54,8 +54,14 @@ class Piece:
 class Packer(Protocol):
     """How encoded items of a stage become outputs."""
 
-    def outputs(self, pieces: Sequence[Any], parents: Sequence[int] | None) -> tuple[Output, ...]:
-        """Return *pieces* as outputs, one for each route among them."""
+    def outputs(
+        self, pieces: Sequence[Any], parents: Sequence[int] | None, first: int = 0
+    ) -> tuple[Output, ...]:
+        """
+        Return *pieces* as outputs, one for each route among them.
+
+        Without *parents* each is of another job: *first* and those after it.
+        """
         ...
 
 
@@ -66,7 +72,12 @@ class OneRoute:
     codec: Codec
     scalars: bool = False
 
-    def outputs(self, pieces: Sequence[Any], parents: Sequence[int] | None) -> tuple[Output, ...]:
+    def outputs(
+        self,
+        pieces: Sequence[Any],
+        parents: Sequence[int] | None,
+        first: int = 0,  # noqa: ARG002
+    ) -> tuple[Output, ...]:
         """Return one output, or none if there are no pieces."""
         if not pieces:
             return ()
@@ -78,7 +89,12 @@ class OneRoute:
 class NoTaker:
     """Nobody wants the items: they are counted only."""
 
-    def outputs(self, pieces: Sequence[Any], parents: Sequence[int] | None) -> tuple[Output, ...]:
+    def outputs(
+        self,
+        pieces: Sequence[Any],
+        parents: Sequence[int] | None,
+        first: int = 0,  # noqa: ARG002
+    ) -> tuple[Output, ...]:
         """Return how many there were."""
         return (Output(0, Counted(len(pieces)), _packed(parents)),) if pieces else ()
 
@@ -89,7 +105,9 @@ class ManyRoutes:
 
     codecs: tuple[Codec | None, ...]  # by route; None: counted only
 
-    def outputs(self, pieces: Sequence[Piece], parents: Sequence[int] | None) -> tuple[Output, ...]:
+    def outputs(
+        self, pieces: Sequence[Piece], parents: Sequence[int] | None, first: int = 0
+    ) -> tuple[Output, ...]:
         """Return an output for each route among the pieces, items in order."""
         outputs = []
         for route, codec in enumerate(self.codecs):
@@ -105,7 +123,7 @@ class ManyRoutes:
                 (place, tuple(piece.keys[i][1] for piece in chosen)) for i, place in enumerate(takers)
             )
             whole = parents is None and len(places) == len(pieces)
-            indices = None if whole else [parents[i] if parents is not None else i for i in places]
+            indices = None if whole else [parents[i] if parents is not None else first + i for i in places]
             outputs.append(Output(route, block, _packed(indices), keys))
         return tuple(outputs)
 
@@ -345,7 +363,7 @@ class Outbox:
         outcomes = tally.outcomes[low:high]
         if not tally.marked and not self._many and outcomes:  # nearly always
             pieces = [] if outcomes[0] is DONE else outcomes
-            return ((low, high),), (), self._packer.outputs(pieces, None)
+            return ((low, high),), (), self._packer.outputs(pieces, None, low)
         settled, filtered, pieces, parents = self._sort(outcomes, low)
         return settled, filtered, self._packer.outputs(pieces, parents)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Literal, Protocol
 
 from jobq.backend import Waitable
-from jobq.wire import Block, PackedObjects
+from jobq.wire import Block, PackedObjects, owned
 
 #: Results that may wait for their reader: a bounded edge like any other.
 RESULTS_SIZE = 1000
@@ -78,7 +78,7 @@ class Collect:
 
     def put(self, stage: str, block: Block) -> None:  # noqa: ARG002  # all results are alike
         """Keep it."""
-        self.blocks.append(block)
+        self.blocks.append(owned(block))
 
     def flush(self) -> None:
         """Nothing is left to write."""

@@ -486,23 +486,23 @@ class Scheduler:
     def _gather(self, line: Line, limit: int, room: int) -> list[Part]:
         """Return about *limit* jobs, never more than *room*, from the head of what waits."""
         parts: list[Part] = []
-        nbytes = 0
+        weight = 0
         while limit > 0 and line.waiting:
             head = line.waiting[0]
-            size = head.block.nbytes
+            size = head.block.weight
             fits = limit
             if head.block.count > limit and self._is_better_whole(line, head):
                 if parts:
                     break
                 fits = room
-            if line.batch is None and size > CHUNK_BYTES - nbytes:
-                share = (CHUNK_BYTES - nbytes) * head.block.count // size
+            if line.batch is None and size > CHUNK_BYTES - weight:
+                share = (CHUNK_BYTES - weight) * head.block.count // size
                 if share < 1 and parts:
                     break
                 fits = min(limit, max(1, share))
             part = self._cut(line.waiting, fits)
             parts.append(part)
-            nbytes += part.block.nbytes
+            weight += part.block.weight
             limit -= part.block.count
         if not line.waiting:
             line.oldest = None

@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -30,7 +31,7 @@ from jobq.inlet import Entry, Inlet, Takers
 from jobq.letters import cannot_be_loaded, rebuild
 from jobq.lineage import Fate
 from jobq.validation import Router, Validator
-from jobq.wire import Undecodable
+from jobq.wire import Undecodable, owned
 from jobq.work import key_of
 
 if TYPE_CHECKING:
@@ -452,6 +453,13 @@ class Session:
         future = self._futures.get(root)
         if future is None:
             return
+        if fate.result is not None:
+            fate.result = owned(fate.result)  # a future may be kept for ever
+        if fate.failure is not None:
+            failure, stage, part = fate.failure
+            if part is not None:
+                part = replace(part, block=owned(part.block))
+            fate.failure = failure, stage, part
         future.settle(fate, self._why_it_ended() if fate.cancelled else None)
         with self._changed:  # after its callbacks are counted: `close` waits for either
             self._futures.pop(root, None)

@@ -22,6 +22,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from jobq.arena import Slot
+
 PROTOCOL = 5
 #: The opcode by which a pickle names a class. The same byte may stand for something else, too.
 STACK_GLOBAL = b"\x93"
@@ -36,7 +38,7 @@ PICKLING = (
     "__getnewargs_ex__",
 )
 
-Dumps = Callable[[Any], bytes]
+Dumps = Callable[[Any], bytes | Slot]
 Builder = Callable[[Any], Any]
 
 
@@ -53,7 +55,7 @@ class Shape:
         """Return the function that pickles an item, as it is now, by *dumps*."""
         return _model_encoder(self, dumps) if self.is_model else _encoder(self, dumps)
 
-    def hides_itself(self, piece: bytes) -> bool:
+    def hides_itself(self, piece: bytes | Slot) -> bool:
         """
         Whether a value in *piece* may be the instance itself, or hold it.
 
@@ -65,7 +67,7 @@ class Shape:
 def _encoder(shape: Shape, dumps: Dumps) -> Dumps:
     cls, names = shape.cls, shape.names
 
-    def encode(item: Any) -> bytes:
+    def encode(item: Any) -> bytes | Slot:
         if type(item) is cls:
             state = item.__dict__
             if tuple(state) == names:
@@ -81,7 +83,7 @@ def _model_encoder(shape: Shape, dumps: Dumps) -> Dumps:
     cls: Any = shape.cls
     names, every = shape.names, set(shape.names)
 
-    def encode(item: Any) -> bytes:
+    def encode(item: Any) -> bytes | Slot:
         if type(item) is cls and item.__pydantic_extra__ is None and item.__pydantic_private__ is None:
             state, given = item.__dict__, item.__pydantic_fields_set__
             if tuple(state) == names:

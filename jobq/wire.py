@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, ClassVar, Protocol, TypeAlias
 
+from jobq.arena import LARGE_BYTES, Arena, Lease, Pickled, Place, Slot, Tenant
 from jobq.errors import BrokenChannel
 from jobq.handover import SocketPickler
 from jobq.shapes import Alone, Shape, builder
@@ -40,6 +41,13 @@ SMALL_BYTES = 16 * 1024
 
 #: A chunk has no more bytes, unless a single item has: past 64 KiB it falls out of the caches.
 CHUNK_BYTES = 64 * 1024
+#: In the arena there may be so many times more: 4 MiB of items that need only be copied out.
+PLACED_WEIGHT = 64
+
+#: Large items are looked for where items have so many bytes on average: else one more is of no weight.
+SPARSE_BYTES = 512
+#: So many items that aren't large, one after the other, and large ones are no longer expected.
+SMALL_ROW = 16
 
 PREFIX = struct.Struct("<IIQ")
 MAGIC = 0x6A6F6271  # "jobq"
@@ -57,6 +65,11 @@ class Block(Protocol):
     @property
     def nbytes(self) -> int:
         """How many bytes they take on the wire (0 where items travel by reference)."""
+        ...
+
+    @property
+    def weight(self) -> int:
+        """What they count of the bytes that a chunk may have."""
         ...
 
     @property
@@ -94,6 +107,11 @@ class PackedObjects:
         """How many bytes the items take."""
         return len(self.body)
 
+    @property
+    def weight(self) -> int:
+        """The same."""
+        return len(self.body)
+
     def positions(self) -> array[int]:
         """Return where each item ends, in ``body``'s own count plus ``base``."""
         ends = array("Q")
@@ -117,6 +135,60 @@ class PackedObjects:
     def header(self) -> tuple[Any, ...]:
         """Return what the other side needs besides the body."""
         return ("o", self.ends, self.base, self.shape)
+
+
+@dataclass(slots=True)
+class PackedPlaced(PackedObjects):
+    """Items of which some lie in the arena: those have a place, and no bytes in ``body``."""
+
+    places: tuple[Place | None, ...] = ()
+    placed: int = field(init=False)  # bytes in the arena
+
+    def __post_init__(self) -> None:
+        self.placed = sum([place.length for place in self.places if place is not None])
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes the items take, wherever they lie."""
+        return len(self.body) + self.placed
+
+    @property
+    def weight(self) -> int:
+        """Less than they take: what lies in the arena need not travel."""
+        return len(self.body) + self.placed // PLACED_WEIGHT
+
+    def take(self, low: int, high: int) -> PackedPlaced:
+        """Return the items ``low <= i < high``, copying none."""
+        if low == 0 and high == self.count:
+            return self
+        rest = PackedObjects.take(self, low, high)
+        return PackedPlaced(rest.body, rest.ends, rest.base, self.shape, self.places[low:high])
+
+    def pickled(self) -> bytes:
+        """Return the pickle of the only item."""
+        return self.owned().pickled()
+
+    def owned(self) -> PackedObjects:
+        """Return the same items, none of them in the arena. For the driver's process."""
+        pieces = [
+            place.read() if isinstance(place, Lease) else PackedObjects.take(self, index, index + 1).body
+            for index, place in enumerate(self.places)
+        ]
+        return PackedObjects(b"".join(pieces), _ends(pieces), 0, self.shape)
+
+    def header(self) -> tuple[Any, ...]:
+        """Return what the other side needs besides the body."""
+        places = tuple(None if place is None else place.told() for place in self.places)
+        return ("p", self.ends, self.base, self.shape, places)
+
+
+def owned(block: Block) -> Block:
+    """Return a block that takes no room in the arena, however long somebody keeps it."""
+    return block.owned() if isinstance(block, PackedPlaced) else block
+
+
+def _ends(pieces: Sequence[Buffer | Slot]) -> bytes:
+    return array("Q", accumulate(map(len, pieces))).tobytes()
 
 
 @dataclass(slots=True)
@@ -144,6 +216,11 @@ class PackedScalars:
         """This part's share of the body's bytes."""
         return len(self.body) * (self.high - self.low) // (self.total or 1)
 
+    @property
+    def weight(self) -> int:
+        """The same."""
+        return self.nbytes
+
     def take(self, low: int, high: int) -> PackedScalars:
         """Return the items ``low <= i < high``: the same body, a narrower view."""
         return PackedScalars(self.body, self.total, self.low + low, self.low + high, self.only)
@@ -170,6 +247,11 @@ class References:
         """Zero: nothing is copied, and nobody knows how large the objects are."""
         return 0
 
+    @property
+    def weight(self) -> int:
+        """Zero."""
+        return 0
+
     def take(self, low: int, high: int) -> References:
         """Return the items ``low <= i < high``."""
         return References(self.items[low:high])
@@ -181,6 +263,7 @@ class Counted:
 
     count: int
     nbytes: ClassVar[int] = 0
+    weight: ClassVar[int] = 0
     shared: ClassVar[bool] = False
     body: ClassVar[bytes] = b""
 
@@ -422,19 +505,61 @@ class PickleCodec:
 
     by_reference: ClassVar[bool] = False
 
-    def __init__(self) -> None:
+    def __init__(self, arena: Arena | Tenant | None = None) -> None:
         self.undecoded = 0
         self.sockets = SocketPickler()
-        #: Return an item pickled.
-        self.encode: Callable[[Any], bytes] = self.sockets.dumps
+        self._arena = arena
+        self._small = 0
+        #: Return an item pickled, large ones in the arena if there is room.
+        self.encode: Callable[[Any], Any] = self.sockets.dumps  # Any: bytes or a slot
 
-    def size(self, piece: bytes) -> int:
+    def size(self, piece: bytes | Slot) -> int:
         """Return the bytes of one piece."""
         return len(piece)
 
-    def block(self, pieces: Sequence[bytes]) -> PackedObjects:
+    def block(self, pieces: Sequence[bytes | Slot]) -> PackedObjects:
         """Return pickled items as a block."""
-        return PackedObjects(b"".join(pieces), array("Q", accumulate(map(len, pieces))).tobytes())
+        ends = array("Q", accumulate(map(len, pieces)))
+        length = ends[-1] if ends else 0
+        if length >= LARGE_BYTES and self._arena is not None and length >= SPARSE_BYTES * len(ends):
+            return self._placed([self._place(piece) for piece in pieces])
+        try:
+            return PackedObjects(b"".join(pieces), ends.tobytes())  # type: ignore[arg-type]
+        except TypeError:  # a slot is no bytes
+            return self._placed(pieces)
+
+    # Whether an item is large is known when it is pickled. So the first one is pickled into bytes, which are
+    # then copied; after it, items are pickled piecemeal, and long contents copied straight into the arena.
+
+    def _place(self, piece: bytes | Slot) -> bytes | Slot:
+        if len(piece) < LARGE_BYTES or type(piece) is not bytes:
+            return piece
+        assert self._arena is not None
+        pickled = Pickled()
+        pickled.write(piece)
+        self._expect_large()
+        return self._arena.place(pickled) or piece
+
+    def _expect_large(self) -> None:
+        self._small, self.sockets.dump = 0, self._dump_large
+
+    def _dump_large(self, item: Any, protocol: int) -> bytes | Slot:
+        assert self._arena is not None
+        pickled = Pickled()
+        pickle.Pickler(pickled, protocol).dump(item)
+        if pickled.length >= LARGE_BYTES:
+            self._small = 0
+            return self._arena.place(pickled) or bytes(pickled)
+        self._small += 1
+        if self._small >= SMALL_ROW:
+            self.sockets.dump = pickle.dumps
+        return bytes(pickled)
+
+    @staticmethod
+    def _placed(pieces: Sequence[bytes | Slot]) -> PackedObjects:
+        places = tuple(piece if isinstance(piece, Slot) else None for piece in pieces)
+        inline = [b"" if isinstance(piece, Slot) else piece for piece in pieces]
+        return PackedPlaced(b"".join(inline), _ends(inline), places=places)
 
     def scalars(self, items: list[Any]) -> PackedBlock:
         """
@@ -450,11 +575,13 @@ class PickleCodec:
         if small and types <= SCALARS:
             only = first.__name__ if same else ""
             return PackedScalars(pickle.dumps(items, PROTOCOL), len(items), 0, len(items), only)
+        if self._arena is not None and any(len(item) >= LARGE_BYTES for item in items if type(item) in TEXTS):
+            self._expect_large()
         return self.block([self.encode(item) for item in items])
 
     def shaped(self, shape: Shape) -> Codec:
         """Return the codec for items that nearly all have *shape*."""
-        return ShapedCodec(shape)
+        return ShapedCodec(shape, self._arena)
 
     @staticmethod
     def _loads(shape: bytes) -> Callable[[Any], Any]:
@@ -476,8 +603,10 @@ class PickleCodec:
             items: list[Any] = pickle.loads(block.body)
             return items if block.count == block.total else items[block.low : block.high]
         assert isinstance(block, PackedObjects)
-        body = memoryview(block.body)
         loads = self._loads(block.shape) if block.shape else pickle.loads
+        if type(block) is PackedPlaced:
+            return [self._load_at(block, index, loads) for index in range(block.count)]
+        body = memoryview(block.body)
         low, items = 0, []
         append: Callable[[Any], None] = items.append
         for end in block.positions():
@@ -490,16 +619,28 @@ class PickleCodec:
             low = high
         return items
 
+    def _load_at(self, block: PackedPlaced, index: int, loads: Callable[[Any], Any]) -> Any:
+        """Return one item, which may lie in the arena; it shares no memory with it."""
+        assert self._arena is not None
+        place = block.places[index]
+        try:
+            if place is None:
+                return loads(PackedObjects.take(block, index, index + 1).body)
+            return loads(self._arena.view(place))
+        except BaseException as error:  # user code runs in it
+            self.undecoded += 1
+            return Undecodable(error)
+
 
 class ShapedCodec(PickleCodec):
     """Items of one class are the values of their fields, anything else is pickled as ever."""
 
-    def __init__(self, shape: Shape) -> None:
-        super().__init__()
+    def __init__(self, shape: Shape, arena: Arena | Tenant | None = None) -> None:
+        super().__init__(arena)
         self._ref = shape.ref
         self.encode = shape.encoder(self.sockets.dumps)
 
-    def block(self, pieces: Sequence[bytes]) -> PackedObjects:
+    def block(self, pieces: Sequence[bytes | Slot]) -> PackedObjects:
         """Return encoded items as a block."""
         block = super().block(pieces)
         block.shape = self._ref
@@ -571,23 +712,28 @@ def frame_length(start: Buffer) -> int | None:
     return PREFIX.size + int(header) + int(body)
 
 
-def unpack(frame: Buffer) -> Order | Said:
-    """Return the message of one whole frame. Blocks refer to *frame*'s memory, they don't copy it."""
+def unpack(frame: Buffer, place: Callable[[int, int, int, int], Place] = Place) -> Order | Said:
+    """
+    Return the message of one whole frame. Blocks refer to *frame*'s memory, they don't copy it.
+
+    *place* makes of its numbers what stands for the place of an item.
+    """
     view = memoryview(frame)
     _, header_length, _ = PREFIX.unpack_from(view)
     start = PREFIX.size + header_length
     fields = marshal.loads(view[PREFIX.size : start])
-    return _UNPACKERS[fields[0]](fields, _Bodies(view, start))
+    return _UNPACKERS[fields[0]](fields, _Bodies(view, start, place))
 
 
 class _Bodies:
     """Hands out the bodies of a frame in the order in which they were put in."""
 
-    __slots__ = ("at", "view")
+    __slots__ = ("at", "place", "view")
 
-    def __init__(self, view: memoryview, at: int) -> None:
+    def __init__(self, view: memoryview, at: int, place: Callable[[int, int, int, int], Place]) -> None:
         self.view = view
         self.at = at
+        self.place = place
 
     def next(self, length: int) -> memoryview:
         at = self.at
@@ -606,6 +752,10 @@ def _unpack_block(fields: Sequence[Any], bodies: _Bodies) -> PackedBlock:
     if kind == "n":
         return Counted(*rest)
     body = bodies.next(length)
+    if kind == "p":
+        ends, base, shape, places = rest
+        placed = tuple(None if numbers is None else bodies.place(*numbers) for numbers in places)
+        return PackedPlaced(body, ends, base, shape, placed)
     return PackedObjects(body, *rest) if kind == "o" else PackedScalars(body, *rest)
 
 

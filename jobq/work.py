@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from jobq import faults
 from jobq.annotations import Signature, read_signature, spell
+from jobq.arena import LARGE_BYTES, Slot
 from jobq.backend import DECODING, HINT, IDLE, LANES, LIMIT, STOPPING, Port, Work, may_begin, past
 from jobq.claims import CLAIM_JOBS, QUICK_SECONDS, Claims
 from jobq.errors import Interrupted, PayloadError, Skip, TimeLimitExceeded
@@ -36,6 +37,7 @@ from jobq.stage import Job, Resource, Shard, Stage
 from jobq.validation import Router, Validator
 from jobq.wire import (
     CHUNK_BYTES,
+    PLACED_WEIGHT,
     SCALARS,
     TEXTS,
     Chunk,
@@ -879,6 +881,7 @@ class Producer:
         self._stopped = False
         self._given = 0
         self._slice = 1
+        self._length = 1  # of a text, as they came last
         self._codec = port.codec
         self._size = port.codec.size
 
@@ -932,9 +935,9 @@ class Producer:
             before = len(outcomes)
             began = clock()
             wanted = min(left, self._slice)
-            if texts and before:
-                # Texts may be long: no more than what would be a large chunk of those that came so far.
-                wanted = max(1, min(wanted, CHUNK_BYTES * before // (nbytes + 1)))
+            if texts:
+                # Texts may be long: no more than what would be a large chunk of those that came last.
+                wanted = max(1, min(wanted, CHUNK_BYTES // self._length))
             if flusher is not None:
                 flusher.hold = wanted > 1
                 if before > tally.sent:
@@ -948,7 +951,8 @@ class Producer:
             if texts:
                 size = sum(map(_text_length, outcomes[before:]))
                 nbytes += size
-                unsent_bytes += size
+                unsent_bytes += size if size < wanted * LARGE_BYTES else size // PLACED_WEIGHT
+                self._length = max(1, size // wanted)
             if len(outcomes) - before < wanted:
                 return True
             if flusher is None:
@@ -1030,7 +1034,8 @@ class Producer:
     def _copy(self, item: Any) -> Any:
         """Return *item* encoded, for its dead letter; None if it can't be."""
         try:
-            return self._codec.encode(item)
+            piece = self._codec.encode(item)
+            return bytes(piece) if isinstance(piece, Slot) else piece
         except BaseException:  # user code
             return None
 

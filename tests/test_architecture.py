@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parent.parent / "jobq"
 #: A room (a module, or a folder with all in it) imports from its own layer and from those before it.
 LAYERS = (
     {"errors", "faults", "report", "events"},
-    {"handover", "options", "outcome", "shapes", "stage", "wire", "backend", "load"},
+    {"arena", "handover", "options", "outcome", "shapes", "stage", "wire", "backend", "load"},
     {
         "annotations",
         "validation",
@@ -57,7 +57,7 @@ LAYERS = (
 #: Rooms that may import less than their layer may, and those that they may import (besides themselves).
 NARROW = {
     "observe": {"errors", "report", "events", "options"},
-    "backends": {"errors", "faults", "options", "stage", "wire", "backend", "load"},
+    "backends": {"arena", "errors", "faults", "options", "stage", "wire", "backend", "load"},
     "policy": {"errors", "report", "events", "options", "outcome", "stage", "wire", "backend"},
 }
 #: Rooms that may set observers up; `work` and `keeper` do for their own process's log.

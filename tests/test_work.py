@@ -18,6 +18,7 @@ from jobq.annotations import read_signature
 from jobq.backend import DECODING, HINT, IDLE, LANES, LIMIT, STOPPING, Page, blank_page, page_words, past
 from jobq.stage import ConsumerOptions, ProducerOptions, Resource, Stage, locate
 from jobq.wire import (
+    CHUNK_BYTES,
     Answer,
     Chunk,
     Codec,
@@ -339,6 +340,20 @@ def test_a_result_without_a_json_form_is_its_job_s_failure(codec: Codec) -> None
 
 def sort(i: int) -> int | str:
     return i if i % 2 else str(i)
+
+
+def test_what_jobs_of_two_routes_gave_is_theirs_in_every_answer(codec: Codec) -> None:
+    def give(i: int) -> int | str:
+        if i == 2:
+            bench.work.flush()  # type: ignore[attr-defined]  # as the flusher may at any moment
+        return str(i) if i % 2 else i
+
+    with Bench(give, codec, routes=(RouteUse("items"),) * 2, member_routes=(0, 1)) as bench:
+        answers = bench.do(0, 1, 2, 3, 4, 5)
+
+        assert len(answers) == 2
+        assert (bench.given(0), bench.parents(0)) == ([0, 2, 4], [0, 2, 4])
+        assert (bench.given(1), bench.parents(1)) == (["1", "3", "5"], [1, 3, 5])
 
 
 def test_an_item_of_a_union_takes_the_route_of_its_type(codec: Codec) -> None:
@@ -902,6 +917,20 @@ def test_bytes_end_a_grant_with_the_item_that_exceeds_them(pickled: Codec) -> No
         bench.grant(1000, 3500)
 
         assert len(bench.given()) == 4
+
+
+def test_no_more_long_texts_are_taken_in_one_go_than_a_chunk_may_have(pickled: Codec) -> None:
+    def texts() -> Iterator[str]:
+        while True:
+            yield "x" * 1000
+
+    with producer(texts, pickled) as bench:
+        taken = []
+        for _ in range(20):  # each time twice as many, were it not for their length
+            bench.grant(1000, 1)
+            taken.append(len(bench.given()))
+
+    assert max(taken) <= CHUNK_BYTES // 1000 + 1
 
 
 @pytest.mark.parametrize("function", [numbers, things])

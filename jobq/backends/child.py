@@ -27,7 +27,8 @@ from multiprocessing import reduction
 from typing import Any, NoReturn, Protocol
 
 from jobq import faults
-from jobq.backend import LIMIT, Port, Preload, Recipe, serve
+from jobq.arena import NOWHERE, Tenant
+from jobq.backend import LIMIT, REGION, Port, Preload, Recipe, serve
 from jobq.backends.channel import READ_SIZE, Incoming, SharedPage, unwritten, write_whole
 from jobq.errors import EndOfChannel
 from jobq.load import UNGUARDED, load_preload
@@ -61,11 +62,12 @@ def _adopt(duplicate: Any) -> Descriptor:
 
 @dataclass(frozen=True, slots=True)
 class Ends:
-    """The worker's ends of its channel, and the pipe that breaks when its driver dies."""
+    """The worker's ends of its channel, the arena, and the pipe that breaks when its driver dies."""
 
     inbox: Descriptor
     outbox: Descriptor
     page: Descriptor
+    arena: Descriptor
     lifeline: Descriptor
 
 
@@ -81,10 +83,11 @@ class ChannelPort:
     """The worker's end of a channel of bytes."""
 
     def __init__(self, ends: Ends) -> None:
-        self.codec: Codec = PickleCodec()
         self.memory = SharedPage(ends.page.fd)
         self.page = self.memory.words
         os.close(ends.page.fd)
+        region = self.page[REGION]
+        self.codec: Codec = PickleCodec(None if region == NOWHERE else Tenant(ends.arena.fd, region))
         self._incoming = Incoming(ends.inbox.fd)
         self._outbox = ends.outbox.fd
         self._pid = os.getpid()

@@ -56,7 +56,7 @@ class Launcher:
             _server.use({type(recipe).__module__ for recipe in plan.recipes.values()})
 
     def start(self, name: str, recipe: str, descriptors: list[int]) -> Launched:
-        """Start a process that owns *descriptors* (inbox, outbox, page); its recipe comes by the inbox."""
+        """Start a process that owns *descriptors* (inbox, outbox, page, arena); its recipe comes later."""
         ends = child.Ends(*map(child.Descriptor, (*descriptors, self._broken)))
         options = {
             "daemon": self._plan.daemon.get(recipe, True),

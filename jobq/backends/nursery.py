@@ -42,6 +42,8 @@ LENGTH = struct.Struct("<I")
 STARTED = struct.Struct("<iii")  # pid, errno, whether a pidfd comes along
 GREETING = struct.Struct("<i")  # the pid of a spare
 STATUS = struct.Struct("<i")
+#: Descriptors that come with a request for a worker: inbox, outbox, page, arena, and the epitaph's.
+GIVEN = 5
 #: Seconds to wait for a process that does nothing but fork.
 PATIENCE = 30
 #: Seconds to wait for killed processes before leaving them to the system.
@@ -83,7 +85,7 @@ class Nursery:
 
     def start(self, name: str, recipe: str, descriptors: list[int]) -> Forked:
         """
-        Fork a worker that owns *descriptors* (inbox, outbox, page).
+        Fork a worker that owns *descriptors* (inbox, outbox, page, arena).
 
         Raises `OSError` if the system has no more processes, memory or descriptors, `NurseryLost` if somebody
         killed the keeper (try again, with a new channel: a worker may hold this one), and
@@ -372,7 +374,7 @@ class _Keeper:
         self._end()
 
     def _serve(self) -> None:
-        length, fds, _, _ = socket.recv_fds(self._requests, LENGTH.size, 4)
+        length, fds, _, _ = socket.recv_fds(self._requests, LENGTH.size, GIVEN)
         if not length:
             raise EOFError
         length += _receive(self._requests, LENGTH.size - len(length))
@@ -393,7 +395,7 @@ class _Keeper:
 
     def _fork_worker(self, name: str, recipe: str, fds: list[int]) -> tuple[int, int]:
         try:
-            if len(fds) < 4:
+            if len(fds) < GIVEN:
                 return 0, errno.EMFILE  # the kernel drops what doesn't fit into our table
             pid = os.fork()
             if pid == 0:
@@ -410,9 +412,9 @@ class _Keeper:
     def _become_worker(self, name: str, recipe: str, fds: list[int]) -> NoReturn:
         try:
             self._shed()
-            os.close(fds[3])
+            os.close(fds[-1])
             close(self._driver)
-            ends = child.Ends(*map(child.Descriptor, (*fds[:3], self._lifeline)))
+            ends = child.Ends(*map(child.Descriptor, (*fds[:-1], self._lifeline)))
             options = {
                 "daemon": self._plan.daemon.get(recipe, True),
                 "stdin": self._plan.stdin.get(recipe),

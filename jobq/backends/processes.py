@@ -17,10 +17,12 @@ import sys
 import weakref
 from abc import abstractmethod
 from collections.abc import Iterator
+from functools import partial
 from typing import ClassVar, Protocol
 
 from jobq import faults
-from jobq.backend import Plan, Waitable, blank_page, page_words
+from jobq.arena import Arena
+from jobq.backend import REGION, Plan, Waitable, blank_page, page_words
 from jobq.backends import child
 from jobq.backends.channel import Incoming, Outgoing, SharedPage, close, make_page_file, readable, widen
 from jobq.backends.launcher import Launcher
@@ -97,6 +99,7 @@ class ProcessWorker:
         page: SharedPage,
         process: Process,
         *,
+        arena: Arena,
         out_of_memory: OutOfMemory,
     ) -> None:
         self.name = name
@@ -108,6 +111,9 @@ class ProcessWorker:
         self._memory = page
         self._process = process
         self._out_of_memory = out_of_memory
+        self._arena = arena
+        self._region = page.words[REGION]
+        self._place = partial(arena.lease, self._region)
         self._closing = False
         self._killed = False  # by us
         self._silent = False  # nothing more can be read
@@ -163,10 +169,13 @@ class ProcessWorker:
         self._process.kill()
 
     def release(self) -> None:
-        """Close the descriptors and unmap the page. Idempotent."""
-        self.released = self._raised = True
+        """Close the descriptors, unmap the page, and give the region back. Idempotent."""
+        self._raised = True
         self._inbox.abandon()
         self._process.release()
+        if not self.released:
+            self._arena.vacate(self._region)  # which may be another's already, the next time
+        self.released = True
         self._memory.release()
         self.forget()
 
@@ -190,7 +199,7 @@ class ProcessWorker:
                 if not outbox.read():
                     self._fall_silent()
                     return None
-            said = unpack(frame)
+            said = unpack(frame, self._place)
         except BlockingIOError:
             return None
         except BrokenChannel as error:
@@ -261,9 +270,6 @@ class ProcessBackend:
     own_thread: ClassVar[bool] = True
 
     def __init__(self, plan: Plan) -> None:
-        codec = PickleCodec()
-        self.codec: Codec = codec
-        self._sockets = codec.sockets
         self._plan = plan
         self._method = choose_start_method(plan.start_method)
         self._workers: list[ProcessWorker] = []
@@ -275,6 +281,10 @@ class ProcessBackend:
             self._nursery = Nursery(plan)
         else:
             self._launcher = Launcher(plan, self._method)
+        self._arena = Arena()
+        codec = PickleCodec(self._arena)
+        self.codec: Codec = codec
+        self._sockets = codec.sockets
         _forget_in_children(self)
 
     @staticmethod
@@ -321,12 +331,16 @@ class ProcessBackend:
                 page = SharedPage(memory)
                 undo.callback(page.release)
                 blank_page(page.words)
+                page.words[REGION] = region = self._arena.let()
+                undo.callback(self._arena.vacate, region)
                 os.set_blocking(outbox, False)
                 widen(outbox)
-                descriptors = [inbox.stream.reader.fileno(), theirs, memory]
+                descriptors = [inbox.stream.reader.fileno(), theirs, memory, self._arena.fd]
                 process = self._launch(name, recipe, descriptors, inbox)
             undo.pop_all()
-        worker = ProcessWorker(name, inbox, outbox, page, process, out_of_memory=self._out_of_memory)
+        worker = ProcessWorker(
+            name, inbox, outbox, page, process, arena=self._arena, out_of_memory=self._out_of_memory
+        )
         self._workers = [other for other in self._workers if not other.released]
         self._workers.append(worker)
         return worker
@@ -342,6 +356,7 @@ class ProcessBackend:
         self._workers = []
         if self._launcher is not None:
             self._launcher.close()
+        self._arena.close()
         self._sockets.close()
 
     def _launch(self, name: str, recipe: str, descriptors: list[int], inbox: Inbox) -> Process:
@@ -361,6 +376,7 @@ class ProcessBackend:
             self._nursery.forget()
         if self._launcher is not None:
             self._launcher.forget()
+        self._arena.forget()
         self._workers = []
 
 

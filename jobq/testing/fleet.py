@@ -88,6 +88,11 @@ class Tracked:
         return len(self.pieces)
 
     @property
+    def weight(self) -> int:
+        """What they count of the bytes that a chunk may have."""
+        return self.nbytes
+
+    @property
     def shared(self) -> bool:
         """Whether a part of it would carry the bytes of all: scalars are pickled as one list."""
         return bool(self.pieces) and type(self.pieces[0]) is not Pickled
@@ -723,11 +728,6 @@ class Fleet:
     def resolve(asked: str) -> str:  # noqa: ARG004  # there is nothing to choose
         """Return 'simulated': no process is started."""
         return "simulated"
-
-    @property
-    def at_work(self) -> bool:
-        """Never: no user code runs in the driver's thread."""
-        return False
 
     def start(self, name: str, recipe: str) -> FleetWorker:
         """Start a worker; now and then a replacement is refused."""
