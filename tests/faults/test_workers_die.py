@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from dataclasses import replace
@@ -200,7 +201,12 @@ def half(self, *given):
 
 Incoming.read = half
 """
+#: An item of 3 MB that goes through the pipe: no file may be so large, nor then the shared memory.
 LARGE = """
+import resource
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+
 @pipeline.producer
 def numbers() -> Iterator[bytes]:
     for i in range(20):
@@ -510,8 +516,8 @@ def test_a_death_is_seen_though_a_grandchild_lives(program: Program, options: tu
     ended = program.run(with_fault(GRANDCHILD), *options)
 
     (child,) = map(int, ended.noted("child"))
-    assert child in ended.left
-    os.kill(child, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, signal.SIGKILL)  # it ends with the run, but who knows when
     # multiprocessing's own processes, which it held up, may follow
     assert_row("A14", replace(ended, left=program.left()))
     assert_all_done(ended)
