@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import re
 import signal
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
@@ -14,6 +15,30 @@ from jobq.testing import left_since, snapshot
 
 #: Seconds that one test may take.
 LIMIT = 60.0
+
+
+#: Here each fault is tried on each backend and start method, but only with ``--matrix``.
+MATRIX = ("tests/faults/", "tests/test_fault_points.py", "tests/test_stopping.py")
+OTHERS = {"sentinel", "pipe", "forkserver", "spawn"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ``--matrix``."""
+    parser.addoption("--matrix", action="store_true", help="try faults on every backend and start method too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the matrix of faults out unless it was asked for: it takes longer than all the rest."""
+    if config.getoption("--matrix"):
+        return
+    left_out = {item for item in items if item.nodeid.startswith(MATRIX) and OTHERS & _words(item)}
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+def _words(item: pytest.Item) -> set[str]:
+    """Return the words of a test's parameters."""
+    return set(re.findall(r"[a-z]+", item.name.partition("[")[2]))
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,8 @@ HEAD = """\
 
 Made from the tests by `python -m tests.faults`: each row stands on the test that proves it. *Again* means
 that the job is given to another worker, up to `max_deliveries` times if it was in hand; *dead*, that it is a
-dead letter; *done*, that nothing happens to it. Rows without an exit code don't decide it.
+dead letter; *done*, that nothing happens to it. Rows without an exit code don't decide it. `.ci/matrix` tries
+them on every process backend and start method, where these make a difference.
 """
 
 
