@@ -11,10 +11,10 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -1297,14 +1297,19 @@ def test_map_reads_an_endless_input_within_bounds(backend: str) -> None:
     assert has_balanced(run)
 
 
-def test_map_gives_what_is_there_before_it_waits_for_more(backend: str) -> None:
+def test_map_gives_what_is_there_before_it_waits_for_more(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobq.session.READ_SECONDS", 0.0)  # an input of any speed counts as slow
     given: list[int] = []
+
+    def are_there(results: int) -> bool:
+        return run.stats()["double"].done == results
 
     def slow() -> Iterator[int]:
         for i in range(5):
-            if i >= 2:
-                time.sleep(0.05)  # an input that is slow to come; were it not, nothing would change
-                assert len(given) >= i - 2
+            until(partial(are_there, i))
+            assert len(given) >= i - 1  # the last was asked for before it was there
             yield i
 
     with doubling().open(backend=backend) as run:
