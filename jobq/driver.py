@@ -16,11 +16,12 @@ import selectors
 import signal as signals
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from jobq import events, faults
+from jobq.allotment import Allotment
 from jobq.backend import HINT, Backend, Waitable, Worker
 from jobq.errors import BackendUnavailable, BrokenChannel, EndOfChannel, SpoiltChannel
 from jobq.pool import CRASH_LIMIT, SLOW_SECONDS, Member, Pool, describe_lack
@@ -146,6 +147,7 @@ class Driver:
         keeper: str | None = None,
         clock: Clock = time,
         selector: selectors.BaseSelector | None = None,
+        automatic: Collection[str] = (),
     ) -> None:
         self.scheduler = scheduler
         self.sink = sink
@@ -193,6 +195,15 @@ class Driver:
         self._producers = [pool for pool in self.pools.values() if pool.line.is_producer]
         self._limited = [pool for pool in self.pools.values() if pool.limit is not None]
         self._consumers = [pool for pool in self.pools.values() if not pool.line.is_producer]
+        self.automatic = frozenset(automatic if backend.own_thread else ())
+        self._allotment: Allotment | None = None
+        if self.automatic:
+            self._allotment = Allotment(
+                [*self.pools.values()],
+                [self.pools[name] for name in automatic],
+                self._began,
+                threads=backend.codec.by_reference,
+            )
 
     # ── from outside ─────────────────────────────────────────────────────────
 
@@ -309,6 +320,8 @@ class Driver:
         if not self._closing:
             if not self.ending.halted and not self.paused:
                 self._dispatch(now)
+            if self._allotment is not None:
+                self._allotment.note(now)
             self._conclude(now)
         elif now >= self.ending.deadline:
             self._hopeless = self.ending.killed
@@ -331,6 +344,9 @@ class Driver:
         for pool in self._limited:
             if pool.look_at is not None and now >= pool.look_at:
                 self._enforce_limit(pool)
+        if self._allotment is not None and now >= self._allotment.look_at and self._steady:
+            for pool, size in self._allotment.look(now):
+                self._resize(pool, size)
         if self._ticking and now >= self._next_tick:
             self._next_tick = now + TICK_SECONDS
             self._tell(events.Tick(now - self._began, self.counts()))
@@ -349,6 +365,8 @@ class Driver:
                     due = min(due, self._gives_at(pool, now))
             for at in self._checks.values() if giving else ():
                 due = min(due, at)
+            if self._allotment is not None and self._steady and not self._allotment.idle:
+                due = min(due, self._allotment.look_at)
             for pool in self._limited:
                 if pool.look_at is not None:
                     due = min(due, pool.look_at)
@@ -357,6 +375,11 @@ class Driver:
         if self._ticking:
             due = min(due, self._next_tick)
         return None if due == math.inf else max(0.0, due - now)
+
+    @property
+    def _steady(self) -> bool:
+        """Whether the run goes its way: jobs are given out, and nobody has asked it to end."""
+        return not (self._closing or self.paused or self.ending.halted or self.ending.level)
 
     def _gives_at(self, pool: Pool, now: float) -> float:
         """Return when there will be something to give out, though nobody says anything until then."""
@@ -533,14 +556,18 @@ class Driver:
     def _ended(self, member: Member) -> None:
         pool, line = member.pool, member.pool.line
         self._forget(member)
-        self._tell(events.WorkerEnded(line.name, member.worker.name, member.worker.pid, member.retiring))
-        if member.retiring and not self._closing and not self.ending.halted:
-            pool.missing.append(member.index)
-            self._fill(pool)
+        replaced = bool(member.retiring) and not (self._closing or self.ending.halted)
+        replaced = replaced and pool.staying < pool.size
+        why = member.retiring if replaced else ""
+        self._tell(events.WorkerEnded(line.name, member.worker.name, member.worker.pid, why))
+        if replaced:
+            self._make_up(pool, member.index)
         if line.is_producer:
             if self.ending.level and member.worker.name not in line.ended:
                 self.ending.interrupted = True  # it was stopped at a yield: it may have had more to give
             self.scheduler.end_producer(line, member.worker.name)
+        else:
+            self.scheduler.left(line, member.worker.name)
 
     def _lost(self, member: Member, reason: str, *, spoilt: bool = False) -> None:
         pool, line, name = member.pool, member.pool.line, member.worker.name
@@ -604,9 +631,31 @@ class Driver:
                 f" the last one {reason}"
             )
             return
-        pool.restarts += 1
-        pool.missing.append(member.index)
+        if pool.staying < pool.size:
+            pool.restarts += 1
+            self._make_up(pool, member.index)
+
+    def _make_up(self, pool: Pool, index: int) -> None:
+        """Have a worker again in the place of one that has ended."""
+        pool.missing.append(index)
         self._fill(pool)
+
+    def _resize(self, pool: Pool, size: int) -> None:
+        """Start workers, or let some go between jobs, so that the stage has *size* of them."""
+        fewer = pool.staying - size
+        pool.resize(size)
+        if fewer > 0:
+            for member in sorted([one for one in pool.members if not one.retiring], key=_load)[:fewer]:
+                self._take_back(member)
+                self._retire(member, "its stage has less to do")
+            return
+        pool.miss(-fewer)
+        self._fill(pool)
+        if pool.missing and self._allotment is not None:  # the system refuses: it will do without
+            pool.resize(pool.size - len(pool.missing))
+            pool.missing.clear()
+            pool.retry_at = None
+            self._allotment.hold(pool, self._clock.monotonic())
 
     def _fill(self, pool: Pool) -> None:
         """Start workers in the place of those that ended; where the system refuses, try again in a while."""
@@ -665,7 +714,7 @@ class Driver:
 
     def _give_chunks(self, pool: Pool) -> None:
         """Give chunks to workers that have nothing to do, then the next one to those that are busy."""
-        line, lanes = pool.line, pool.line.lanes // pool.size
+        line, lanes = pool.line, pool.line.each
         members = [member for member in pool.members if member.open and not member.recalled]
         free = sorted([member for member in members if member.load < lanes], key=_load)
         target = max(line.target, lanes)
@@ -693,7 +742,7 @@ class Driver:
         Nothing is given ahead: what lies at a worker begins when the worker likes.
         """
         line = pool.line
-        lanes = line.batch or line.lanes // pool.size
+        lanes = line.batch or line.each
         free = [member for member in pool.members if member.open and not member.recalled]
         for member in sorted(free, key=_load):
             if member.load >= lanes or not line.ready:
@@ -759,9 +808,9 @@ class Driver:
     def _rebalance(self, pool: Pool, now: float) -> None:
         """Take jobs back from behind a slow one while another worker has nothing to do."""
         name, line = pool.line.name, pool.line
-        lanes = line.lanes // pool.size
+        lanes = line.each
         startable = line.ready and self.scheduler.startable(line)  # else those in flight hold all the room
-        if startable or line.flying <= lanes or pool.size == 1:
+        if startable or line.flying <= lanes or len(pool.members) == 1:
             self._checks.pop(name, None)
             return
         if self._checks.get(name, 0.0) > now:
@@ -1019,7 +1068,7 @@ class Driver:
 
     def _stage_counts(self, pool: Pool) -> StageCounts:
         line, books = pool.line, pool.line.books
-        lanes = line.lanes // max(1, pool.size)
+        lanes = line.each
         in_flight = 0 if line.is_producer else sum(min(lanes, member.load) for member in pool.members)
         return StageCounts(
             received=books.received,

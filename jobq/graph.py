@@ -18,7 +18,7 @@ from typing import Any
 
 from jobq.annotations import EMPTY, Binding, Signature, accepts, read_signature, spell
 from jobq.errors import PipelineError
-from jobq.stage import Resource, Stage, describe
+from jobq.stage import ProducerOptions, Resource, Stage, describe
 from jobq.validation import read_parameter
 
 
@@ -420,7 +420,7 @@ def _reach(edges: Iterable[Edge]) -> dict[str, set[str]]:
 def _contradictions(node: Node) -> Iterator[str]:
     stage, who = node.stage, describe(node.stage)
     sharded = any(binding.kind == "shard" for binding in node.signature.bindings)
-    if stage.kind == "producer":
+    if isinstance(stage.options, ProducerOptions):
         if stage.options.workers > 1 and not sharded:
             yield (
                 f"{who}: workers={stage.options.workers}, so each worker would give all the items: "

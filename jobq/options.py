@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from jobq.errors import PipelineError
 
+Workers: TypeAlias = Annotated[int, Field(ge=1)] | Literal["auto"]
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 
 
@@ -16,8 +17,8 @@ class RunOptions(BaseModel):
     """
     How to run a pipeline. Seconds are floats.
 
-    ``workers``: consumers' workers, one number for all or by stage. ``input``: JSON lines in place of
-    the producers ("-": standard input). ``output``: results as JSON lines ("-": standard output).
+    ``workers``: consumers' workers, a number or "auto", for all or by stage. ``input``: JSON lines in place
+    of the producers ("-": standard input). ``output``: results as JSON lines ("-": standard output).
     ``dead_letters``: a JSON line for each dead letter; the file is made with the first one.
     ``timeout``: seconds for the whole run; then it gives up. ``shutdown_timeout``: the grace for a stop.
     ``log_level`` and ``log_format``: None leaves logging as it is.
@@ -27,7 +28,7 @@ class RunOptions(BaseModel):
 
     backend: str = "joinable"
     start_method: Literal["auto", "fork", "forkserver", "spawn"] = "auto"
-    workers: Annotated[int, Field(ge=1)] | dict[str, Annotated[int, Field(ge=1)]] | None = None
+    workers: Workers | dict[str, Workers] | None = None
     input: Path | None = None
     output: Path | None = None
     collect: bool = False
@@ -53,8 +54,6 @@ NOT_YET = frozenset({"address", "journal", "journal_sync", "report", "resume", "
 
 def read_run_options(given: dict[str, Any]) -> RunOptions:
     """Return *given* as options; raises `PipelineError` that lists every wrong one."""
-    if given.get("workers") == "auto":
-        raise PipelineError("run option workers='auto' is not built yet: give a number.")
     try:
         return RunOptions(**given)
     except ValidationError as error:

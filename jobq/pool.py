@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -137,13 +138,14 @@ class Pool:
         self._backend = backend
         self._started = started
         self._serial = 0
+        self._first = size  # so many are named by their place alone
         #: Where calls are limited to a rate: when the next may begin, and when to look for that.
         self.next_call = 0.0
         self.call_at: float | None = None
         self.look_at: float | None = None  # when a job in hand can be over its time limit
         #: Seconds after which a job's worker is stopped: an async job is cancelled by its worker first.
         timeout = None if line.is_producer else line.node.stage.consumer.timeout
-        grace = ASYNC_GRACE_SECONDS if line.node.signature.is_async and line.lanes > size else 0.0
+        grace = ASYNC_GRACE_SECONDS if line.node.signature.is_async and line.each > 1 else 0.0
         self.limit = None if timeout is None else timeout + grace
         self._tasks = None if line.is_producer else line.node.stage.consumer.max_tasks_per_worker
         self.missing: list[int] = []  # places of workers that have ended and are not replaced yet
@@ -154,6 +156,7 @@ class Pool:
 
     def start(self) -> None:
         """Start every worker."""
+        self._first = self.size
         for index in range(self.size):
             self._start(index)
 
@@ -161,10 +164,11 @@ class Pool:
         self._serial += 1
         name = (
             f"{self.line.name}-{index + 1}"
-            if self._serial <= self.size
-            else (f"{self.line.name}-{index + 1}.{self._serial - self.size + 1}")
+            if self._serial <= self._first
+            else (f"{self.line.name}-{index + 1}.{self._serial - self._first + 1}")
         )
-        worker = self._backend.start(name, recipe_name(self.line.name, index))
+        recipe = recipe_name(self.line.name, index if self.line.is_producer else 0)
+        worker = self._backend.start(name, recipe)
         member = Member(self, index, worker, left=self._tasks)
         self.members.append(member)
         self._started(member)
@@ -173,11 +177,33 @@ class Pool:
         """Start a worker in the place *index* of one that has ended."""
         self._start(index)
 
+    def resize(self, size: int) -> None:
+        """Let the stage have *size* workers; the caller starts them, or lets some go."""
+        self.size = size
+        self.line.lanes = self.line.each * size
+
+    @property
+    def staying(self) -> int:
+        """How many workers there are, or will be once those missing are replaced."""
+        return len(self.missing) + sum(not member.retiring for member in self.members)
+
+    def miss(self, count: int) -> None:
+        """Take *count* workers as missing, each in a place that is free."""
+        taken = {*self.missing, *(member.index for member in self.members if not member.retiring)}
+        free = (index for index in itertools.count() if index not in taken)
+        self.missing += reversed(list(itertools.islice(free, count)))  # the last is filled first
+
     def remove(self, member: Member) -> None:
         """Forget a worker that has ended; its counts stay."""
         member.gone = True
         self.totals.append(member.totals)
         self.members.remove(member)
+
+    @property
+    def finished(self) -> int:
+        """How many calls of the stage's function have come to an end."""
+        books = self.line.books
+        return books.done + books.filtered + books.dead + books.retried
 
     def died(self) -> int:
         """
@@ -185,10 +211,9 @@ class Pool:
 
         Deaths with a job in hand end by themselves, at the job's ``max_deliveries``.
         """
-        books = self.line.books
-        settled = books.done + books.filtered + books.dead + books.retried
-        self._deaths = self._deaths + 1 if settled == self._settled_at_death else 1
-        self._settled_at_death = settled
+        finished = self.finished
+        self._deaths = self._deaths + 1 if finished == self._settled_at_death else 1
+        self._settled_at_death = finished
         return self._deaths
 
     def close(self) -> None:
@@ -224,5 +249,5 @@ def describe_lack(error: OSError) -> str:
 
 
 def recipe_name(stage: str, index: int) -> str:
-    """Return the name of the recipe for worker *index* of *stage*: producers' differ by their shard."""
+    """Return the name of the recipe for worker *index* of a producer, whose shards differ; else 0 has all."""
     return f"{stage}/{index}"

@@ -26,7 +26,7 @@ from jobq.keeper import RECIPE, KeeperRecipe
 from jobq.ladder import waking
 from jobq.letters import Letters, cannot_be_loaded
 from jobq.locks import open_desk
-from jobq.options import RunOptions
+from jobq.options import RunOptions, Workers
 from jobq.outcome import Outcome
 from jobq.policy import Uniform
 from jobq.report import Report
@@ -217,7 +217,7 @@ def prepare(
     if source is not None:
         graph = _with_source(graph, source)
         values[source.stage.name] = dict(source.values)
-    sizes = _sizes(graph, options)
+    sizes, automatic = _sizes(graph, options)
     if make_inlet is not None:
         sizes.update({node.stage.name: 0 for node in graph.producers()})
     own_thread = backend_class.own_thread
@@ -229,6 +229,10 @@ def prepare(
         # Imported once, not by every worker that is forked: it brings asyncio.
         importlib.import_module("jobq.lanes")
     run_id = machine.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+    # Consumers' workers are all alike, and how many there will be may not be known yet.
+    numbers = {
+        key: range(sizes[key] if node.stage.kind == "producer" else 1) for key, node in graph.nodes.items()
+    }
     place = uuid.uuid4().hex
     recipes: dict[str, Recipe] = {
         f"{key}/{index}": _recipe(
@@ -246,12 +250,12 @@ def prepare(
             on_error=on_error,
         )
         for key, node in graph.nodes.items()
-        for index in range(sizes[key])
+        for index in numbers[key]
     }
     daemon = {
         f"{key}/{index}": node.stage.kind == "producer" or node.stage.consumer.daemon
         for key, node in graph.nodes.items()
-        for index in range(sizes[key])
+        for index in numbers[key]
     }
     kept = _run_scoped(graph, values)
     if kept:
@@ -283,6 +287,7 @@ def prepare(
             keeper=RECIPE if kept else None,
             clock=machine.clock,
             selector=machine.selector,
+            automatic=automatic,
         )
         driver.scheduler.fed = make_inlet is not None
     except BaseException:
@@ -317,8 +322,8 @@ def _with_source(graph: Graph, source: Source) -> Graph:
     return Graph({name: node, **kept}, graph.resources, edges, graph.loops, graph.name)
 
 
-def _sizes(graph: Graph, options: RunOptions) -> dict[str, int]:
-    """Return how many workers each stage gets."""
+def _sizes(graph: Graph, options: RunOptions) -> tuple[dict[str, int], list[str]]:
+    """Return how many workers each stage gets, and for which stages that is only to begin with."""
     wanted = options.workers
     if isinstance(wanted, dict):
         unknown = [name for name in wanted if name not in graph.nodes]
@@ -329,13 +334,19 @@ def _sizes(graph: Graph, options: RunOptions) -> dict[str, int]:
                     for name in unknown
                 )
             )
-    sizes = {}
+    asked: dict[str, Workers] = {}
     for name, node in graph.nodes.items():
-        sizes[name] = node.stage.options.workers
+        asked[name] = node.stage.options.workers
         if isinstance(wanted, dict):
-            sizes[name] = wanted.get(name, sizes[name])
+            asked[name] = wanted.get(name, asked[name])
         elif wanted is not None and node.stage.kind == "consumer":
-            sizes[name] = wanted
+            asked[name] = wanted
+    shared = [
+        f"{describe(node.stage)}: 'auto' is for consumers: a producer has as many workers as it is told."
+        for name, node in graph.nodes.items()
+        if node.stage.kind == "producer" and asked[name] == "auto"
+    ]
+    sizes = {name: 1 if count == "auto" else count for name, count in asked.items()}
     alike = [
         f"{describe(node.stage)}: {sizes[name]} workers would all give the same items;"
         "\n  Take a parameter annotated jobq.Shard, and give only the items of that share."
@@ -344,9 +355,9 @@ def _sizes(graph: Graph, options: RunOptions) -> dict[str, int]:
         and sizes[name] > 1
         and not any(binding.kind == "shard" for binding in node.signature.bindings)
     ]
-    if alike:
-        raise PipelineError(*alike)
-    return sizes
+    if alike or shared:
+        raise PipelineError(*shared, *alike)
+    return sizes, [name for name, count in asked.items() if count == "auto"]
 
 
 def _standard_input(graph: Graph, sizes: Mapping[str, int]) -> dict[str, str]:

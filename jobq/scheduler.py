@@ -949,6 +949,13 @@ class Scheduler:
                 back += sum(part.block.count for part in parts)
         return back
 
+    def left(self, line: Line, worker: str) -> None:
+        """Forget a consumer's worker that has ended with everything answered."""
+        if not line.loads.get(worker):
+            line.loads.pop(worker, None)
+            line.flights.pop(worker, None)
+            line.sent.pop(worker, None)
+
     # ── time and the end ─────────────────────────────────────────────────────
 
     def due(self, line: Line, now: float) -> None:

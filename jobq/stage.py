@@ -6,7 +6,7 @@ import inspect
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -93,12 +93,13 @@ class ConsumerOptions(Options):
     """
     Options of ``@pipeline.consumer``; times in seconds, sizes in items and bytes.
 
+    ``workers="auto"``: as many as the stage can use of the cores, changed as the run shows (`jobq.shares`).
     ``max_tasks_per_worker``: a worker is replaced after so many jobs (or batches). ``max_memory``: so is a
     process that has more resident bytes, what it shares with its program included, after the job in hand;
     threads have no memory of their own, and are not.
     """
 
-    workers: int = Field(default=1, ge=1)
+    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
     concurrency: int = Field(default=1, ge=1)
     batch: int | None = Field(default=None, ge=1)
     batch_timeout: float = Field(default=1.0, ge=0)
@@ -118,13 +119,6 @@ class ConsumerOptions(Options):
     max_tasks_per_worker: int | None = Field(default=None, ge=1)
     max_memory: int | None = Field(default=None, ge=1)
     params: dict[str, Any] = Field(default_factory=dict)
-
-    @field_validator("workers", mode="before")
-    @classmethod
-    def _no_shares_yet(cls, value: object) -> object:
-        if value == "auto":
-            raise ValueError("'auto' is not built yet, give a number")
-        return value
 
     @field_validator("retry_on", mode="before")
     @classmethod

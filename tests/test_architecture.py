@@ -33,6 +33,7 @@ LAYERS = (
         "results",
         "retirement",
         "scheduler",
+        "shares",
     },
     {
         "inlet",
@@ -47,7 +48,7 @@ LAYERS = (
         "shared",
         "work",
     },
-    {"pool", "driver"},
+    {"allotment", "pool", "driver"},
     {"running"},
     {"session", "stream"},
     {"pipeline"},
@@ -66,7 +67,7 @@ HOSTS = {"work", "keeper", "running", "pipeline", "cli", "testing"}
 #: lanes is built upon the one without, which opens it (and pays for asyncio only then).
 UPWARD = {("jobq.load", "jobq.pipeline"), ("jobq.work", "jobq.lanes")}
 #: Rooms that decide and do nothing: what they must not have at hand.
-PURE = {"lineage", "ordering", "policy", "scheduler"}
+PURE = {"lineage", "ordering", "policy", "scheduler", "shares"}
 OUTSIDE_WORLD = {
     "multiprocessing",
     "os",
@@ -79,7 +80,7 @@ OUTSIDE_WORLD = {
     "time",
 }
 #: Rooms whose thread touches no user data.
-DECIDING = {"driver", "pool", "scheduler"}
+DECIDING = {"allotment", "driver", "pool", "scheduler"}
 
 BACKENDS = {"joinable", "sentinel", "pipe", "thread", "inline", "ray"}
 SLOW = {"asyncio", "click", "multiprocessing.managers", "numpy", "ray", "rich", "sqlite3", "structlog"}

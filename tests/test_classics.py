@@ -136,11 +136,13 @@ def test_cooks_end_before_eaters_and_eaters_before_main(backend: str, tmp_path: 
     assert sorted(dishes) == [f"{dish} {number}" for dish in ("noodles", "soup") for number in range(10)]
     assert told.count("place cleared") == told.count("of stage eat") // 2 == 2
     first_end_of_an_eater = re.search(r"worker \d of stage eat.* ended", told)
+    end = re.search(r"ended after [\d.]+ s", told)
     assert first_end_of_an_eater
+    assert end
     order = [
         max(told.index(f"producer {cook} ended after 10 items") for cook in ("sam", "kim")),
         first_end_of_an_eater.start(),
-        told.index("ended after 0."),
+        end.start(),
         told.index("main: 20 dishes eaten"),
     ]
     assert order == sorted(order)

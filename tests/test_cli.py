@@ -203,6 +203,8 @@ def test_a_parameter_is_split_at_the_first_equals_sign_and_the_last_one_wins() -
         (["-w", "4"], {"workers": 4}),
         (["-w", "fetch=8", "-w", "store=2"], {"workers": {"fetch": 8, "store": 2}}),
         (["-w", "4", "-w", "5"], {"workers": 5}),
+        (["-w", "auto"], {"workers": "auto"}),
+        (["-w", "fetch=auto", "-w", "store=2"], {"workers": {"fetch": "auto", "store": 2}}),
         (["-b", "pipe", "--start-method", "spawn"], {"backend": "pipe", "start_method": "spawn"}),
         (["-x"], {"fail_fast": True}),
         (["--max-failures", "3"], {"max_failures": 3}),

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from jobq import Pipeline
+from jobq.graph import Graph
 from jobq.scheduler import CHUNK_JOBS, Dead, Line, Retried, Scheduler
 from jobq.wire import CHUNK_BYTES, Answer, Chunk, Failure, Grant, Output, PickleCodec, ReferenceCodec
 
@@ -71,12 +72,17 @@ def declare(*consumers: Any) -> Pipeline:
     return pipeline
 
 
+def fixed_sizes(graph: Graph) -> dict[str, int]:
+    """Return how many workers each stage was declared with."""
+    return {name: int(node.stage.options.workers) for name, node in graph.nodes.items()}
+
+
 class World:
     """A scheduler with everything that the driver would do, done by hand."""
 
     def __init__(self, pipeline: Pipeline, workers: dict[str, int] | None = None) -> None:
         graph = pipeline.graph()
-        sizes = {name: node.stage.options.workers for name, node in graph.nodes.items()} | (workers or {})
+        sizes = fixed_sizes(graph) | (workers or {})
         self.scheduler = Scheduler(graph, sizes, dict.fromkeys(graph.nodes, 1), Middle())
         self.now = 100.0
 
@@ -998,7 +1004,7 @@ class Walk:
         self.kinds: dict[str, str] = {}
         pipeline = self.declare()
         graph = pipeline.graph()
-        self.sizes = {name: node.stage.options.workers for name, node in graph.nodes.items()}
+        self.sizes = fixed_sizes(graph)
         self.scheduler = Scheduler(graph, self.sizes, dict.fromkeys(graph.nodes, 1), self.chance)
         self.left = {name: self.chance.randint(0, 40) for name, kind in self.kinds.items() if kind == "give"}
         self.grants: dict[str, list[Grant]] = defaultdict(list)

@@ -14,7 +14,7 @@ from jobq.cli.ending import exit_code, explained, flush_stdout, say
 
 if TYPE_CHECKING:
     from jobq.load import Loaded
-    from jobq.options import RunOptions
+    from jobq.options import RunOptions, Workers
     from jobq.outcome import Outcome
     from jobq.report import Report
 
@@ -44,12 +44,15 @@ def _read_params(_: click.Context, __: click.Parameter, given: tuple[str, ...]) 
 
 def _read_workers(
     _: click.Context, __: click.Parameter, given: tuple[str, ...]
-) -> int | dict[str, int] | None:
-    by_stage: dict[str, int] = {}
+) -> Workers | dict[str, Workers] | None:
+    by_stage: dict[str, Workers] = {}
     for text in given:
         stage, _equals, count = text.rpartition("=")
+        if count == "auto":
+            by_stage[stage] = "auto"
+            continue
         if not count.isascii() or not count.isdigit() or int(count) < 1:
-            raise click.BadParameter(f"{text!r} is neither N nor STAGE=N, with N at least 1.")
+            raise click.BadParameter(f"{text!r} is neither N nor STAGE=N, with N at least 1, or auto.")
         by_stage[stage] = int(count)
     if "" in by_stage and len(by_stage) > 1:
         raise click.BadParameter("give either N for all consumers or STAGE=N for some, not both.")
@@ -75,7 +78,7 @@ def _in_a_folder(_: click.Context, __: click.Parameter, given: Path | None) -> P
 )  # fmt: skip
 @_option(
     "-w", "--workers", multiple=True, metavar="N|STAGE=N", callback=_read_workers,
-    help="Consumers' workers, for all or by stage. Repeatable.",
+    help="Consumers' workers, for all or by stage; auto: a share of the cores. Repeatable.",
 )  # fmt: skip
 @_option(
     "--input", type=_INPUT, metavar="FILE|-", help="JSON lines in place of the producers (-: standard input)."

@@ -92,7 +92,8 @@ class Ledger:
             options = books.node.stage.consumer
             sources = [other.node for other in self.stages.values() if books in _flat(other.takers)]
             many = any(node.signature.many and node.stage.kind == "consumer" for node in sources)
-            if "queue_size" in options.model_fields_set and not many and name not in looped:
+            vague = many or name in looped or name in running.driver.automatic
+            if "queue_size" in options.model_fields_set and not vague:
                 lanes = running.driver.scheduler.lines[name].lanes
                 books.waits = max(options.queue_size, options.batch or 0) + lanes
 
