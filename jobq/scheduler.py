@@ -846,7 +846,7 @@ class Scheduler:
                 continue
             for low, high in reversed(open_ranges):
                 clean = _gaps(low, high, [index for index in suspected if low <= index < high])
-                self.put_back(line, flight.parts(clean))
+                self.put_back(line, flight.parts(clean), solo=flight.solo)
                 back += sum(b - a for a, b in clean)
             if several:
                 alone = [flight.job(index) for index in suspected]
@@ -855,7 +855,8 @@ class Scheduler:
                 self.put_back(line, alone, solo=True)
                 back += len(suspected)
             elif suspected:
-                back += self._charge(line, worker, flight.job(suspected[0]), reason, decoding)
+                part, loadable = flight.job(suspected[0]), decoding is None
+                back += self._charge(line, worker, part, reason, loadable=loadable, solo=flight.solo)
         del line.loads[worker]
         self._release_order(line, now)
         return back
@@ -884,12 +885,12 @@ class Scheduler:
             return sum(part.block.count for part in parts)
         return self._charge_batch(line, worker, parts, reason, charged=not several)
 
-    def _charge(self, line: Line, worker: str, part: Part, reason: str, decoding: int | None) -> int:
-        """Count a delivery against the job that was in hand: queue it again, or give it up."""
+    def _charge(self, line: Line, worker: str, part: Part, reason: str, *, loadable: bool, solo: bool) -> int:
+        """Count a delivery against the job that was in hand: queue it again in its place, or give it up."""
         if part.delivery >= line.node.stage.consumer.max_deliveries:
-            self._bury(line, worker, part, _lost_failure(part, reason), loadable=decoding is None)
+            self._bury(line, worker, part, _lost_failure(part, reason), loadable=loadable)
             return 0
-        self.put_back(line, [replace(part, delivery=part.delivery + 1)])
+        self.put_back(line, [replace(part, delivery=part.delivery + 1)], solo=solo)
         return 1
 
     def _charge_batch(self, line: Line, worker: str, parts: list[Part], reason: str, *, charged: bool) -> int:

@@ -584,9 +584,10 @@ def test_where_several_were_claimed_each_is_tried_alone_and_charged_once() -> No
     world.answer(first, worker="a")
     second = world.take(worker="a")
     world.lose("a", second.number)
-    third, rest = world.take(worker="b"), world.take(worker="c")
-    assert (items(third), third.parts[0].delivery) == ([2], 2)
-    assert (items(rest), [part.delivery for part in rest.parts]) == ([1, 3], [3, 1])
+    third, fourth, rest = (world.take(worker=worker) for worker in "bcd")
+    assert (items(third), third.parts[0].delivery) == ([1], 3)
+    assert (items(fourth), fourth.parts[0].delivery) == ([2], 2)
+    assert (items(rest), rest.parts[0].delivery) == ([3], 1)
 
 
 def test_one_that_is_tried_alone_and_comes_back_unbegun_is_tried_alone_again() -> None:
@@ -598,6 +599,20 @@ def test_one_that_is_tried_alone_and_comes_back_unbegun_is_tried_alone_again() -
     world.answer(world.take(worker="a"), worker="a", settled=())
 
     assert [world.take(worker=worker).count for worker in "bc"] == [1, 1]
+
+
+def test_one_that_is_tried_alone_and_kills_or_is_not_begun_keeps_its_place() -> None:
+    world = World(declare((end, {"max_deliveries": 3})))
+    world.give(*range(3))
+    chunk = world.take()
+    world.lose("w", decoding=chunk.number)
+
+    world.lose("a", world.take(worker="a").number)  # in hand
+    again = world.take(worker="b")
+    world.lose("b")  # not begun
+
+    assert items(again) == [0]
+    assert [items(world.take(worker=worker)) for worker in "cde"] == [[0], [1], [2]]
 
 
 def test_where_several_chunks_were_in_hand_nobody_is_charged_either() -> None:
