@@ -203,6 +203,7 @@ class Plan:
     A backend that forks does so from a process that was forked when it was made, so recipes may hold
     lambdas and closures under ``fork``. ``stdin`` names the recipes that may want the program's standard
     input: "" if their process is to have it, else why not. All other processes find theirs empty.
+    ``workers`` is how many will be started at first, where a recipe may be for several.
     """
 
     recipes: Mapping[str, Recipe]
@@ -210,6 +211,7 @@ class Plan:
     preload: Preload | None = None
     daemon: Mapping[str, bool] = field(default_factory=dict)
     stdin: Mapping[str, str] = field(default_factory=dict)
+    workers: int = 0
 
 
 class Backend(Protocol):

@@ -264,7 +264,8 @@ def prepare(
     if problems:
         raise PipelineError(*problems)
     began = machine.clock.monotonic()
-    plan = Plan(recipes, options.start_method, preload, daemon, _standard_input(graph, sizes))
+    workers = sum(sizes.values()) + bool(kept)
+    plan = Plan(recipes, options.start_method, preload, daemon, _standard_input(graph, sizes), workers)
     backend = backend_class(plan)  # type: ignore[call-arg]  # a Protocol has no constructor
     try:
         watchers = Watchers(list(observers))

@@ -273,7 +273,7 @@ class ProcessBackend:
         self._plan = plan
         self._method = choose_start_method(plan.start_method)
         self._workers: list[ProcessWorker] = []
-        make_sure_of_descriptors(len(plan.recipes))
+        make_sure_of_descriptors(max(plan.workers, len(plan.recipes)))
         self._out_of_memory = OutOfMemory(events_file())
         self._nursery: Nursery | None = None
         self._launcher: Launcher | None = None
