@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from jobq.pool import Member, Pool
@@ -14,6 +15,8 @@ from jobq.shares import LOOK_SECONDS, Gauge, Seen, Shares
 
 #: A cgroup's quota: microseconds of computing in so many; a container sees its own there.
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
+#: How much of what a thread did until the last look counts beside what it did since.
+MEMORY = 0.7
 
 
 class Allotment:
@@ -30,8 +33,7 @@ class Allotment:
         self._shares = Shares(cores(threads=threads))
         for name, size in self._shares.start([pool.line.name for pool in automatic], others).items():
             next(pool for pool in automatic if pool.line.name == name).resize(size)
-        self._looked = now
-        self._wanted: dict[str, float] = {}  # seconds, by worker, as of the last look
+        self._habits: dict[str, Habit] = {}  # by thread, as of the last look
 
     @property
     def idle(self) -> bool:
@@ -53,8 +55,8 @@ class Allotment:
 
     def look(self, now: float) -> list[tuple[Pool, int]]:
         """Return the stages that should have more workers, or fewer, with their number."""
-        seconds, self._looked, self.look_at = now - self._looked, now, now + LOOK_SECONDS
-        loads = self._loads(max(seconds, 1e-3))
+        self.look_at = now + LOOK_SECONDS
+        loads = self._loads(now)
         seen = {}
         for pool, gauge in self._gauges:
             busy, piled = gauge.read(now)
@@ -64,51 +66,75 @@ class Allotment:
         changes = self._shares.look(now, seen, sum(loads.values()))
         return [(pool, changes[pool.line.name]) for pool, _ in self._gauges if pool.line.name in changes]
 
-    def _loads(self, seconds: float) -> dict[str, float]:
-        """Return how many of each stage's workers wanted to compute on average; "" is this program."""
-        before, self._wanted = self._wanted, {}
+    def _loads(self, now: float) -> dict[str, float]:
+        """Return how many of each stage's workers would be computing, given the cores; "" is this program."""
+        before, self._habits = self._habits, {}
         loads = {
             pool.line.name: sum(
-                self._load_of(member, before, seconds) for member in pool.members if not self._threads
+                self._load_of(member, before, now) for member in pool.members if not self._threads
             )
             for pool in self._pools
         }
         if self._threads:  # nobody knows which is which stage's: all of it is the program's
-            loads[""] = self._load("", wanted_seconds("/proc/self/task/*"), before, seconds) or 0.0
-        elif self._wanted:
-            own = wanted_seconds(f"/proc/self/task/{threading.get_native_id()}")
-            loads[""] = self._load("", own, before, seconds) or 0.0
+            loads[""] = self._load("/proc/self/task/*", before, now) or 0.0
+        elif self._habits:
+            own = f"/proc/self/task/{threading.get_native_id()}"
+            loads[""] = self._load(own, before, now) or 0.0
         return loads
 
-    def _load_of(self, member: Member, before: dict[str, float], seconds: float) -> float:
-        wanted = wanted_seconds(f"/proc/{member.worker.pid}/task/*")
-        load = self._load(member.worker.name, wanted, before, seconds)
+    def _load_of(self, member: Member, before: dict[str, Habit], now: float) -> float:
+        load = self._load(f"/proc/{member.worker.pid}/task/*", before, now)
         # Where it can't be known whether a worker waits, take it that it computes.
         return float(bool(member.load or member.pool.line.is_producer)) if load is None else load
 
-    def _load(self, who: str, wanted: float | None, before: dict[str, float], seconds: float) -> float | None:
-        if wanted is None:
+    def _load(self, tasks: str, before: dict[str, Habit], now: float) -> float | None:
+        times = thread_times(tasks)
+        if times is None:
             return None
-        self._wanted[who] = wanted
-        return max(0.0, wanted - before.get(who, wanted)) / seconds
+        habits = {thread: before.get(thread) or Habit(now, *spent) for thread, spent in times.items()}
+        self._habits |= habits
+        return sum(habit.look(now, *times[thread]) for thread, habit in habits.items())
 
 
-def wanted_seconds(tasks: str) -> float | None:
+@dataclass(slots=True)
+class Habit:
+    """How a thread spends its time, of late: what it has ``computed`` and was ``ready`` to, in seconds."""
+
+    at: float
+    computed: float
+    ready: float
+    _recent: tuple[float, float] = (0.0, 0.0)
+
+    def look(self, now: float, computed: float, ready: float) -> float:
+        """
+        Return for what part of its time it would compute if it had a core whenever it wants one.
+
+        On a busy machine a job that computes gets a core now and then, and one that waits is late to go on:
+        neither shows in the time computed alone. The kernel tells of the time that a thread was ready when
+        that is over, so looks before this one count too.
+        """
+        busy, own = self._recent
+        busy = busy * MEMORY + computed - self.computed
+        own = own * MEMORY + (now - self.at) - (ready - self.ready)
+        self.at, self.computed, self.ready, self._recent = now, computed, ready, (busy, own)
+        return busy / max(busy, own) if busy > 0 else 0.0
+
+
+def thread_times(tasks: str) -> dict[str, tuple[float, float]] | None:
     """
-    Return for how many seconds these threads of the kernel's have computed, or been ready to, until now.
+    Return for how many seconds each thread has computed, and been ready to, until now.
 
-    Being ready counts, since a worker that has to share its core with others wants no company of its own
-    stage. None where the kernel does not tell. Programs that a job starts are not counted.
+    None where the kernel does not tell. Programs that a job starts are not counted.
     """
     folder, every, _ = tasks.partition("*")
-    seconds = 0.0
+    times = {}
     try:
         for task in Path(folder).iterdir() if every else [Path(folder)]:
             computed, ready, _ = (task / "schedstat").read_text().split()
-            seconds += (int(computed) + int(ready)) / 1e9
+            times[str(task)] = (int(computed) / 1e9, int(ready) / 1e9)
     except (OSError, ValueError):
         return None
-    return seconds
+    return times
 
 
 def cores(*, threads: bool) -> float:

@@ -28,9 +28,11 @@ SPARE = 0.7
 PATIENT_LOOKS = 10
 #: The part of the cores that is left alone: less than this can't be told from none.
 MARGIN = 0.05
-#: Beyond the cores, more workers are to bring this part of what they could at the best, or they go again,
-#: and none are asked for until so many seconds later.
-PROOF, HOLD_SECONDS = 0.25, 5.0
+#: Beyond the cores, more workers are to bring this part of what they could at the best, or they go again.
+PROOF = 0.25
+#: None are asked for until so many seconds later, and twice as many each time that it happens again: the
+#: first time it may be that other jobs came, which take longer.
+HOLD_SECONDS, LONGEST_HOLD = 1.0, 16.0
 #: Before a stage is judged, it has to finish so many jobs for each of its workers.
 JOBS_TO_JUDGE = 4
 
@@ -47,7 +49,8 @@ class Seen:
 
     ``workers`` are those that are up, ``changing`` says that some are still starting or going. ``busy`` is
     the part of their time in which they had jobs, ``piled`` that in which more jobs waited. ``load`` is
-    how many of them were computing, or ready to, on average. ``finished`` counts jobs since the run began.
+    how many of them compute at a time, given a core whenever they want one. ``finished`` counts jobs since
+    the run began.
     """
 
     workers: int
@@ -100,8 +103,15 @@ class Share:
     finished: int = 0  # until then
     trial: tuple[int, float] | None = None  # workers, and jobs a second, before they were made more
     held_until: float = -math.inf
+    hold_seconds: float = HOLD_SECONDS  # the next time
     spare_looks: int = 0
     needed: float = 0.0  # the most workers that had a job at one of those looks
+
+    def hold(self, now: float) -> None:
+        """Ask for no more workers for a while."""
+        self.rest()
+        self.held_until = now + self.hold_seconds
+        self.hold_seconds = min(2 * self.hold_seconds, LONGEST_HOLD)
 
     def rest(self) -> None:
         """Take it as a stage that is not full."""
@@ -124,14 +134,13 @@ class Shares:
 
     def hold(self, name: str, now: float) -> None:
         """Ask for no more workers of this stage for a while."""
-        self._shares[name].rest()
-        self._shares[name].held_until = now + HOLD_SECONDS
+        self._shares[name].hold(now)
 
     def look(self, now: float, seen: Mapping[str, Seen], load: float) -> dict[str, int]:
         """
         Return the stages whose number of workers should change, with that number.
 
-        *load* is how many of all the run's processes, these stages' among them, were computing or ready to.
+        *load* is the same for all of the run's processes, these stages among them.
         """
         wanted = {name: self._judge(self._shares[name], one, now) for name, one in seen.items()}
         changes = {name: count for name, count in wanted.items() if count < seen[name].workers}
@@ -189,9 +198,9 @@ class Shares:
             return one.workers
         (before, slower), share.trial = share.trial, None
         if rate >= slower * (1 + PROOF * (one.workers / before - 1)):
+            share.hold_seconds = HOLD_SECONDS
             return one.workers
-        share.held_until = now + HOLD_SECONDS
-        share.since = None
+        share.hold(now)
         return before
 
     @staticmethod

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from jobq import Job, Pipeline, PipelineError, allotment
-from jobq.allotment import cores, wanted_seconds
+from jobq.allotment import Habit, cores, thread_times
 from jobq.backend import Worker
 from jobq.backends.processes import ProcessBackend
 from jobq.shares import Seen, Shares
@@ -263,17 +263,46 @@ def test_all_consumers_or_some_can_be_made_automatic_for_a_run() -> None:
         pipeline.producer(lambda: [1], name="more", workers="auto")
 
 
-def test_computing_is_seen_and_waiting_is_not() -> None:
+def test_the_kernel_tells_what_a_thread_has_computed() -> None:
     own = f"/proc/self/task/{threading.get_native_id()}"
-    before = wanted_seconds(own) or 0.0
+    before = (thread_times(own) or {})[own][0]
     end = time.thread_time() + 0.05
     while time.thread_time() < end:
         pass
-    after = wanted_seconds(own) or 0.0
 
+    after = (thread_times(own) or {})[own][0]
     assert after - before >= 0.045
-    assert (wanted_seconds("/proc/self/task/*") or 0.0) >= after
-    assert wanted_seconds("/proc/none/task/*") is None
+    assert (thread_times("/proc/self/task/*") or {})[own][0] >= after
+    assert thread_times("/proc/none/task/*") is None
+
+
+@pytest.mark.parametrize(
+    ("computed", "ready", "load"),
+    [
+        (0.1, 0.0, 1.0),  # it computes
+        (0.01, 0.09, 1.0),  # so it does, with a tenth of a core
+        (0.0, 0.0, 0.0),  # it waits
+        (0.001, 0.0, 0.01),
+        (0.001, 0.08, 0.05),  # on a busy machine: it is late to wait again
+        (0.05, 0.0, 0.5),
+        (0.025, 0.05, 0.5),  # half of each, with half a core
+    ],
+)
+def test_how_busy_the_machine_is_is_no_habit_of_a_thread(computed: float, ready: float, load: float) -> None:
+    habit = Habit(0.0, 0.0, 0.0)
+
+    looks = [habit.look(0.1 * n, computed * n, ready * n) for n in range(1, 9)]
+
+    assert looks == pytest.approx([load] * 8)
+
+
+def test_what_the_kernel_tells_late_counts_in_the_end() -> None:
+    habit = Habit(0.0, 0.0, 0.0)
+
+    looks = [habit.look(0.1 * n, 0.01 * n, 0.18 * (n // 2)) for n in range(1, 21)]
+
+    assert min(looks[10:]) > 0.2
+    assert max(looks) == 1.0
 
 
 def test_a_quota_counts_as_so_many_cores_and_threads_share_one(
