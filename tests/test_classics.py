@@ -134,7 +134,8 @@ def test_cooks_end_before_eaters_and_eaters_before_main(backend: str, tmp_path: 
     told = ended.stdout
     dishes = re.findall(r"eat: ate (\w+ \d) with chopsticks", told)
     assert sorted(dishes) == [f"{dish} {number}" for dish in ("noodles", "soup") for number in range(10)]
-    assert told.count("place cleared") == told.count("of stage eat") // 2 == 2
+    assert told.count("place cleared") in {1, 2}  # dishes come fast: one may have eaten them all
+    assert told.count("of stage eat") == 4
     first_end_of_an_eater = re.search(r"worker \d of stage eat.* ended", told)
     end = re.search(r"ended after [\d.]+ s", told)
     assert first_end_of_an_eater
