@@ -47,7 +47,7 @@ BUGS = (
         "what a dead worker had not begun is forgotten",
         Scheduler,
         "lost",
-        "self.put_back(line, flight.parts(clean))",
+        "self.put_back(line, flight.parts(clean), solo=flight.solo)",
         "pass",
     ),
     Bug(
