@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from tests.faults.rows import ROWS
 
 PROCESSES = ("joinable", "sentinel", "pipe")
@@ -24,6 +26,9 @@ EACH_START = (("-b", "sentinel"), ("-b", "pipe"), *(("--start-method", method) f
 SURVIVAL = 2.0
 #: Seconds after which a run hangs.
 PATIENCE = 50.0
+each_backend = pytest.mark.parametrize("backend", PROCESSES)
+each_start = pytest.mark.parametrize("options", EACH_START, ids=" ".join)
+each_start_method = pytest.mark.parametrize("method", START_METHODS)
 
 #: What every file begins with: evidence that outlives the process that gave it, and ways to die.
 HEAD = '''

@@ -17,15 +17,15 @@ import pytest
 from jobq import Job, Pipeline
 from jobq.testing import left_since, snapshot
 from tests.faults.programs import (
-    EACH_START,
     KEEP,
     NUMBERS,
-    PROCESSES,
-    START_METHODS,
     Ended,
     Program,
     assert_all_done,
     assert_row,
+    each_backend,
+    each_start,
+    each_start_method,
     members,
     says,
     with_fault,
@@ -33,10 +33,6 @@ from tests.faults.programs import (
 from tests.faults.rows import fault, out_of_reach, proves
 
 pytestmark = [pytest.mark.slow]
-
-each_backend = pytest.mark.parametrize("backend", PROCESSES)
-each_start = pytest.mark.parametrize("options", EACH_START, ids=" ".join)
-each_start_method = pytest.mark.parametrize("method", START_METHODS)
 
 ENDLESS = """
 @pipeline.producer

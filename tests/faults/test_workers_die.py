@@ -12,25 +12,21 @@ import pytest
 
 from jobq import Pipeline
 from tests.faults.programs import (
-    EACH_START,
     KEEP,
     NUMBERS,
-    PROCESSES,
-    START_METHODS,
     WORK,
     Program,
     assert_all_done,
     assert_row,
+    each_backend,
+    each_start,
+    each_start_method,
     says,
     with_fault,
 )
 from tests.faults.rows import fault, proves
 
 pytestmark = [pytest.mark.slow]
-
-each_backend = pytest.mark.parametrize("backend", PROCESSES)
-each_start = pytest.mark.parametrize("options", EACH_START, ids=" ".join)
-each_start_method = pytest.mark.parametrize("method", START_METHODS)
 
 #: A program that kills a worker which has nothing to do: what it gave has arrived at the next stage.
 IDLE = (
