@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import os
 import re
 import signal
 from collections.abc import Iterator
@@ -13,6 +14,16 @@ import pytest
 
 from jobq.testing import left_since, snapshot
 
+#: What these do must not decide a test. The first, common in containers, has each word of a printed line
+#: written by itself; then the lines of two workers are mixed.
+SWITCHES = (
+    "PYTHONUNBUFFERED",
+    "PYTHONDONTWRITEBYTECODE",
+    "PYTHONDEVMODE",
+    "PYTHONWARNINGS",
+    "PYTHONOPTIMIZE",
+)
+
 #: Seconds that one test may take.
 LIMIT = 60.0
 
@@ -20,6 +31,16 @@ LIMIT = 60.0
 #: Here each fault is tried on each backend and start method, but only with ``--matrix``.
 MATRIX = ("tests/faults/", "tests/test_fault_points.py", "tests/test_stopping.py")
 OTHERS = {"sentinel", "pipe", "forkserver", "spawn"}
+
+
+def pytest_configure() -> None:
+    """Have every program that a test starts begin as from a terminal, however the tests were started."""
+    for name in SWITCHES:
+        os.environ.pop(name, None)
+    # A script's ``pytest &`` and ``nohup pytest`` ignore these, and what is ignored is inherited.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGQUIT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
