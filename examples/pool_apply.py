@@ -34,7 +34,8 @@ def main(backend: str = "joinable") -> None:
     with pipeline.open(backend=backend) as run:
         answers = [run.submit(number).result() for number in range(10)]  # one after the other
         print("squares:", *[square for square, _ in answers])
-        print("pids:", *sorted({pid for _, pid in answers}))
+        used = sorted({pid for _, pid in answers})
+        print("pids:", *used, flush=True)  # before what workers print at their end
     print(f"{pipeline.name} is closed")
 
 

@@ -221,7 +221,7 @@ def test_a_pipeline_named_like_the_standard_library_runs_on_every_start_method(
     if neighbour != "json":
         (here / f"{neighbour}.py").write_text("raise RuntimeError('not the one you think')\n")
     (here / "helping.py").write_text("TWO = 2\n")
-    command = "from jobq.cli import main; main(prog_name='jobq')"  # what the installed script does
+    command = "from jobq.cli.__main__ import command; command()"  # what the installed script does
 
     done = subprocess.run(
         [sys.executable, "-P", "-c", command, "run", "json.py", "--start-method", start_method, "-o", "-"],
