@@ -28,8 +28,8 @@ SWITCHES = (
 LIMIT = 60.0
 
 
-#: Here each fault is tried on each backend and start method, but only with ``--matrix``.
-MATRIX = ("tests/faults/", "tests/test_fault_points.py", "tests/test_stopping.py")
+#: Every backend and start method is tried here, and one of the two at a time; elsewhere only with ``--matrix``.
+EVERYWHERE = ("tests/test_backends.py", "tests/test_load.py", "tests/test_run.py")
 OTHERS = {"sentinel", "pipe", "forkserver", "spawn"}
 
 
@@ -45,16 +45,22 @@ def pytest_configure() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add ``--matrix``."""
-    parser.addoption("--matrix", action="store_true", help="try faults on every backend and start method too")
+    parser.addoption("--matrix", action="store_true", help="try everything on every backend and start method")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the matrix of faults out unless it was asked for: it takes longer than all the rest."""
+    """Leave the matrix out unless it was asked for: it takes longer than all the rest."""
     if config.getoption("--matrix"):
         return
-    left_out = {item for item in items if item.nodeid.startswith(MATRIX) and OTHERS & _words(item)}
+    left_out = {item for item in items if _is_of_the_matrix(item)}
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
+
+
+def _is_of_the_matrix(item: pytest.Item) -> bool:
+    if item.get_closest_marker("matrix") is not None:
+        return True
+    return len(OTHERS & _words(item)) > item.nodeid.startswith(EVERYWHERE)
 
 
 def _words(item: pytest.Item) -> set[str]:

@@ -177,6 +177,7 @@ def test_a_root_that_does_not_exist_is_named_and_ends_with_code_1(tmp_path: Path
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 def test_the_index_of_the_whole_standard_library_has_the_totals_of_a_serial_count(tmp_path: Path) -> None:
     ended = run(sys.executable, EXAMPLES / "stdlib_index.py", cwd=tmp_path, seconds=120)
 

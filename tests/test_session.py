@@ -1096,7 +1096,7 @@ def test_several_threads_submit_while_another_joins(backend: str) -> None:
     with doubling(workers=2, queue_size=50).open(backend=backend) as run:
 
         def feed(place: int) -> None:
-            futures = [run.submit(i) for i in range(place * 1000, place * 1000 + 200) if i != 13]
+            futures = [run.submit(i) for i in range(place * 1000, place * 1000 + 50) if i != 13]
             results[place] = [future.result(PATIENCE) for future in futures]
 
         threads = [in_thread(lambda place=place: feed(place)) for place in range(4)]  # type: ignore[misc]
@@ -1107,7 +1107,7 @@ def test_several_threads_submit_while_another_joins(backend: str) -> None:
             thread.join()
 
     for place, got in enumerate(results):
-        assert got == [2 * i for i in range(place * 1000, place * 1000 + 200) if i != 13]
+        assert got == [2 * i for i in range(place * 1000, place * 1000 + 50) if i != 13]
     assert has_balanced(run)
 
 

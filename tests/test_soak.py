@@ -15,7 +15,7 @@ from tests.test_run import PROCESSES
 @pytest.mark.parametrize("backend", PROCESSES)
 def test_runs_at_full_speed_stand_kills_of_their_processes(backend: str) -> None:
     script = Path(__file__).with_name("soak.py")
-    options = ["--seconds", "5", "--round", "1.5", "--keepers", "1", "--backend", backend]
+    options = ["--seconds", "3", "--round", "1", "--keepers", "1", "--backend", backend]
 
     soak = subprocess.run(
         [sys.executable, script, *options], check=False, capture_output=True, text=True, timeout=110
