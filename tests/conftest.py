@@ -28,7 +28,7 @@ SWITCHES = (
 LIMIT = 60.0
 
 
-#: Every backend and start method is tried here, and one of the two at a time; elsewhere only with ``--matrix``.
+#: Each backend is tried here, and each start method, but not both at once; elsewhere only with ``--matrix``.
 EVERYWHERE = ("tests/test_backends.py", "tests/test_load.py", "tests/test_run.py")
 OTHERS = {"sentinel", "pipe", "forkserver", "spawn"}
 
