@@ -17,6 +17,7 @@ from jobq.wire import (
     Failure,
     PackedObjects,
     PackedPlaced,
+    PackedRows,
     PackedScalars,
     Part,
     References,
@@ -219,7 +220,7 @@ def _dumps(item: Any) -> bytes | None:
 def _pickled(part: Part | None) -> bytes | None:
     if part is None:
         return None
-    if isinstance(part.block, PackedObjects):
+    if isinstance(part.block, PackedObjects | PackedRows):
         return part.block.pickled()
     if isinstance(part.block, PackedScalars):
         items: list[Any] = pickle.loads(part.block.body)

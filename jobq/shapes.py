@@ -1,13 +1,18 @@
 """
-Instances of plain classes as the tuples of their fields' values: a third of the work of pickling them.
+Instances of plain classes, and dicts, as the tuples of their values: a third of the work of pickling them.
 
-    Shape.encode   an instance of one dataclass or pydantic model → the pickle of its values
-    builder        what the other side needs → the function that makes the instance again
+    Shape.encoder  an instance of one dataclass or pydantic model → its values: a row, or their pickle
+    Keys.encoder   a dict → its keys and values: a row, or its pickle
+    maker          what the other side needs → the function that makes an item of its values again
     restore        the same for one item by itself, where a pickle must explain itself
 
 A pickle of an object alone repeats its class and the names of its fields, and looks the class up again when
 it is loaded. Items of one route have one declared class, so it is said once for a block. Whatever is not
 exactly an instance of this class with exactly its fields is pickled as ever, in a list of one.
+
+Where all values are scalars, nothing can change the tuple of them: it is a *row*, a snapshot that need not be
+pickled at once. Rows are pickled many at a time when they leave: that takes half as long, and to load them
+less than a third.
 """
 
 from __future__ import annotations
@@ -25,6 +30,10 @@ from typing import Any
 from jobq.arena import Slot
 
 PROTOCOL = 5
+#: Exactly these may be gathered and pickled as one list: nothing can change them after their yield.
+SCALARS = frozenset({int, float, bool, str, bytes, type(None)})
+#: Whether all of some types are scalars: the answer takes no call of ours.
+all_scalars = SCALARS.issuperset
 #: The opcode by which a pickle names a class. The same byte may stand for something else, too.
 STACK_GLOBAL = b"\x93"
 
@@ -38,7 +47,10 @@ PICKLING = (
     "__getnewargs_ex__",
 )
 
+#: The values of an item, none of which can change; of a dict, its keys come before them as one tuple.
+Row = tuple[Any, ...]
 Dumps = Callable[[Any], bytes | Slot]
+Encoder = Callable[[Any], bytes | Slot | Row]
 Builder = Callable[[Any], Any]
 
 
@@ -51,8 +63,8 @@ class Shape:
     ref: bytes
     is_model: bool
 
-    def encoder(self, dumps: Dumps) -> Dumps:
-        """Return the function that pickles an item, as it is now, by *dumps*."""
+    def encoder(self, dumps: Dumps) -> Encoder:
+        """Return the function that makes of an item, as it is now, a row, or a pickle by *dumps*."""
         return _model_encoder(self, dumps) if self.is_model else _encoder(self, dumps)
 
     def hides_itself(self, piece: bytes | Slot) -> bool:
@@ -64,14 +76,17 @@ class Shape:
         return STACK_GLOBAL in piece and self.cls.__qualname__.encode() in piece
 
 
-def _encoder(shape: Shape, dumps: Dumps) -> Dumps:
+def _encoder(shape: Shape, dumps: Dumps) -> Encoder:
     cls, names = shape.cls, shape.names
 
-    def encode(item: Any) -> bytes | Slot:
+    def encode(item: Any) -> bytes | Slot | Row:
         if type(item) is cls:
             state = item.__dict__
             if tuple(state) == names:
-                piece = dumps(tuple(state.values()))
+                values = tuple(state.values())
+                if all_scalars(map(type, values)):
+                    return values
+                piece = dumps(values)
                 if STACK_GLOBAL not in piece or not shape.hides_itself(piece):
                     return piece
         return dumps([item])
@@ -79,21 +94,51 @@ def _encoder(shape: Shape, dumps: Dumps) -> Dumps:
     return encode
 
 
-def _model_encoder(shape: Shape, dumps: Dumps) -> Dumps:
+def _model_encoder(shape: Shape, dumps: Dumps) -> Encoder:
     cls: Any = shape.cls
     names, every = shape.names, set(shape.names)
 
-    def encode(item: Any) -> bytes | Slot:
+    def encode(item: Any) -> bytes | Slot | Row:
         if type(item) is cls and item.__pydantic_extra__ is None and item.__pydantic_private__ is None:
             state, given = item.__dict__, item.__pydantic_fields_set__
             if tuple(state) == names:
                 values = tuple(state.values())
-                piece = dumps(values if given == every else (*values, given))
+                if given == every:
+                    if all_scalars(map(type, values)):
+                        return values
+                    piece = dumps(values)
+                else:
+                    piece = dumps((*values, given))
                 if STACK_GLOBAL not in piece or not shape.hides_itself(piece):
                     return piece
         return dumps([item])
 
     return encode
+
+
+class Keys:
+    """What dicts with the same keys, all of them strings, in the same order have in common."""
+
+    def encoder(self, dumps: Dumps) -> Encoder:
+        """Return the function that makes of a dict, as it is now, a row, or a pickle by *dumps*."""
+        names: tuple[str, ...] = ()
+        are_strings = frozenset({str}).issuperset
+
+        def encode(item: Any) -> bytes | Slot | Row:
+            nonlocal names
+            if type(item) is dict and all_scalars(map(type, item.values())) and are_strings(map(type, item)):
+                keys = tuple(item)
+                if keys != names:
+                    names = keys
+                return names, *item.values()  # the same object for all: it is pickled once
+            return dumps(item)
+
+        return encode
+
+    @staticmethod
+    def ref(names: tuple[str, ...]) -> bytes:
+        """Return what `maker` takes for rows of dicts with these keys."""
+        return pickle.dumps((dict, names, False), PROTOCOL)
 
 
 # ── which classes have one ───────────────────────────────────────────────────
@@ -140,11 +185,19 @@ def _has_slots(cls: type) -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def builder(ref: bytes) -> Builder:
-    """Return the function that makes instances again; raises whatever finding the class raises."""
+def maker(ref: bytes) -> Builder:
+    """Return the function that makes an item of its values; raises whatever finding the class raises."""
     cls, spelled, is_model = pickle.loads(ref)
     names = tuple(map(sys.intern, spelled))  # as attributes are: else each instance finds them more slowly
-    make = _make_model(cls, names) if is_model else _make_by_assignment(cls, names) or _make(cls, names)
+    if cls is dict:
+        return _make_dict(names)
+    return _make_model(cls, names) if is_model else _make_by_assignment(cls, names) or _make(cls, names)
+
+
+@functools.lru_cache(maxsize=256)
+def builder(ref: bytes) -> Builder:
+    """Return the function that makes items of what was pickled for them; raises as `maker` does."""
+    make = maker(ref)
 
     def build(values: Any) -> Any:
         return make(values) if type(values) is tuple else values[0]
@@ -177,6 +230,17 @@ def _make(cls: type, names: tuple[str, ...]) -> Builder:
         made.__dict__.update(zip(names, values, strict=True))
         return made
 
+    return make
+
+
+def _make_dict(names: tuple[str, ...]) -> Builder:
+    """Return what makes a dict by a display, in half the time that `zip` takes."""
+    values = [f"v{number}" for number in range(len(names))]
+    pairs = ", ".join(f"{name!r}: {value}" for name, value in zip(names, values, strict=True))
+    source = f"def make(values):\n    {', '.join(values)}, = values\n    return {{{pairs}}}\n"
+    room: dict[str, Any] = {}
+    exec(source, room)
+    make: Builder = room["make"]
     return make
 
 

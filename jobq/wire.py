@@ -15,6 +15,7 @@ A frame: magic, length of the header, length of the body (16 bytes), the header,
 
 from __future__ import annotations
 
+import io
 import marshal
 import pickle
 import struct
@@ -22,20 +23,20 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from operator import itemgetter
 from typing import Any, ClassVar, Protocol, TypeAlias
 
 from jobq.arena import LARGE_BYTES, Arena, Lease, Pickled, Place, Slot, Tenant
 from jobq.errors import BrokenChannel
 from jobq.handover import SocketPickler
-from jobq.shapes import Alone, Shape, builder
+from jobq.shapes import SCALARS, Alone, Keys, Row, Shape, builder, maker
 
 Buffer: TypeAlias = bytes | memoryview
 
-#: Exactly these may be gathered and pickled as one list: nothing can change them after their yield.
-SCALARS = frozenset({int, float, bool, str, bytes, type(None)})
-
 #: Those of them that may be long.
 TEXTS = frozenset({str, bytes})
+#: What anything else takes, about.
+NUMBER_BYTES = 8
 #: Lists of texts up to this length in all are pickled as lists.
 SMALL_BYTES = 16 * 1024
 
@@ -46,6 +47,13 @@ PLACED_WEIGHT = 64
 
 #: Large items are looked for where items have so many bytes on average: else one more is of no weight.
 SPARSE_BYTES = 512
+#: So many rows are pickled together: fewer take longer, of more a part carries too much of its neighbours.
+ROWS = 64
+#: Fewer aren't worth it.
+FEW_ROWS = 8
+#: Rows that are longer are pickled by themselves, so that large ones among them are seen.
+WIDE_BYTES = 4096
+
 #: So many items that aren't large, one after the other, and large ones are no longer expected.
 SMALL_ROW = 16
 
@@ -231,6 +239,78 @@ class PackedScalars:
 
 
 @dataclass(slots=True)
+class PackedRows:
+    """
+    Items that are rows (`jobq.shapes`), `ROWS` pickled together, of which ``low <= i < high`` are meant.
+
+    ``ends`` and ``base`` say where each list of rows ends, as in `PackedObjects`. ``whole`` is how many
+    bytes and items the block had before it was cut. ``rows`` are its rows where they were loaded.
+    """
+
+    body: Buffer
+    ends: bytes
+    base: int
+    low: int
+    high: int
+    shape: bytes
+    whole: tuple[int, int]
+    rows: list[Row] | None = None
+    shared: ClassVar[bool] = False
+
+    @property
+    def count(self) -> int:
+        """How many items."""
+        return self.high - self.low
+
+    @property
+    def nbytes(self) -> int:
+        """This part's share of the bytes."""
+        return self.whole[0] * self.count // self.whole[1]
+
+    @property
+    def weight(self) -> int:
+        """The same."""
+        return self.nbytes
+
+    def positions(self) -> array[int]:
+        """Return where each list ends, in ``body``'s own count plus ``base``."""
+        ends = array("Q")
+        ends.frombytes(self.ends)
+        return ends
+
+    def take(self, low: int, high: int) -> PackedRows:
+        """Return the items ``low <= i < high``, with those that were pickled with them."""
+        low, high = self.low + low, self.low + high
+        if self.rows is not None:
+            return PackedRows(self.body, self.ends, self.base, low, high, self.shape, self.whole, self.rows)
+        first, last = low // ROWS, max(low, high - 1) // ROWS
+        ends = self.positions()
+        start, stop = ends[first - 1] if first else self.base, ends[last]
+        body = memoryview(self.body)[start - self.base : stop - self.base]
+        skipped = first * ROWS
+        some = self.ends[first * 8 : (last + 1) * 8]
+        return PackedRows(body, some, start, low - skipped, high - skipped, self.shape, self.whole)
+
+    def load(self) -> list[Row]:
+        """Return the rows that are meant. Loading them runs nobody's code."""
+        if self.rows is None:
+            self.rows = []
+            body, low = memoryview(self.body), 0
+            for end in self.positions():
+                self.rows += pickle.loads(body[low : end - self.base])
+                low = end - self.base
+        return self.rows if self.count == len(self.rows) else self.rows[self.low : self.high]
+
+    def pickled(self) -> bytes:
+        """Return the pickle of the only item."""
+        return pickle.dumps(Alone(self.shape, pickle.dumps(self.load()[0], PROTOCOL)), PROTOCOL)
+
+    def header(self) -> tuple[Any, ...]:
+        """Return what the other side needs besides the body."""
+        return ("r", self.ends, self.base, self.low, self.high, self.shape, self.whole)
+
+
+@dataclass(slots=True)
 class References:
     """Items that travel by reference (threads, the calling thread): nothing is pickled."""
 
@@ -276,7 +356,7 @@ class Counted:
         return ("n", self.count)
 
 
-PackedBlock: TypeAlias = PackedObjects | PackedScalars | Counted
+PackedBlock: TypeAlias = PackedObjects | PackedScalars | PackedRows | Counted
 
 
 # ── what is said ─────────────────────────────────────────────────────────────
@@ -484,8 +564,13 @@ class Codec(Protocol):
         """How many items could not be decoded so far."""
         ...
 
-    def shaped(self, shape: Shape) -> Codec:
+    def shaped(self, shape: Shape | Keys) -> Codec:
         """Return the codec for items that nearly all have *shape*."""
+        ...
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether pieces may be rows: snapshots that are not pickled yet, however many there are."""
         ...
 
     def decode(self, block: Block) -> list[Any]:
@@ -504,6 +589,7 @@ class PickleCodec:
     """Each item is pickled by itself, at its yield; scalars as one list."""
 
     by_reference: ClassVar[bool] = False
+    by_rows: ClassVar[bool] = False
 
     def __init__(self, arena: Arena | Tenant | None = None) -> None:
         self.undecoded = 0
@@ -517,7 +603,11 @@ class PickleCodec:
         """Return the bytes of one piece."""
         return len(piece)
 
-    def block(self, pieces: Sequence[bytes | Slot]) -> PackedObjects:
+    def block(self, pieces: Sequence[Any]) -> PackedBlock:
+        """Return encoded items as a block."""
+        return self.objects(pieces)
+
+    def objects(self, pieces: Sequence[bytes | Slot]) -> PackedObjects:
         """Return pickled items as a block."""
         ends = array("Q", accumulate(map(len, pieces)))
         length = ends[-1] if ends else 0
@@ -577,11 +667,11 @@ class PickleCodec:
             return PackedScalars(pickle.dumps(items, PROTOCOL), len(items), 0, len(items), only)
         if self._arena is not None and any(len(item) >= LARGE_BYTES for item in items if type(item) in TEXTS):
             self._expect_large()
-        return self.block([self.encode(item) for item in items])
+        return self.objects([self.encode(item) for item in items])
 
-    def shaped(self, shape: Shape) -> Codec:
+    def shaped(self, shape: Shape | Keys) -> Codec:
         """Return the codec for items that nearly all have *shape*."""
-        return ShapedCodec(shape, self._arena)
+        return KeyedCodec(shape, self._arena) if isinstance(shape, Keys) else ShapedCodec(shape, self._arena)
 
     @staticmethod
     def _loads(shape: bytes) -> Callable[[Any], Any]:
@@ -602,6 +692,8 @@ class PickleCodec:
         if isinstance(block, PackedScalars):
             items: list[Any] = pickle.loads(block.body)
             return items if block.count == block.total else items[block.low : block.high]
+        if isinstance(block, PackedRows):
+            return self._made(block)
         assert isinstance(block, PackedObjects)
         loads = self._loads(block.shape) if block.shape else pickle.loads
         if type(block) is PackedPlaced:
@@ -619,6 +711,15 @@ class PickleCodec:
             low = high
         return items
 
+    def _made(self, block: PackedRows) -> list[Any]:
+        """Return the items that rows stand for."""
+        rows = block.load()
+        try:
+            return list(map(maker(block.shape), rows))
+        except BaseException as error:  # the class can't be found here
+            self.undecoded += len(rows)
+            return [Undecodable(error)] * len(rows)
+
     def _load_at(self, block: PackedPlaced, index: int, loads: Callable[[Any], Any]) -> Any:
         """Return one item, which may lie in the arena; it shares no memory with it."""
         assert self._arena is not None
@@ -632,7 +733,63 @@ class PickleCodec:
             return Undecodable(error)
 
 
-class ShapedCodec(PickleCodec):
+class RowCodec(PickleCodec):
+    """Items that are rows leave together, anything else is pickled at its yield."""
+
+    by_rows: ClassVar[bool] = True
+
+    def __init__(self, arena: Arena | Tenant | None = None) -> None:
+        super().__init__(arena)
+        self._row_bytes = SPARSE_BYTES  # as they came last
+
+    def size(self, piece: bytes | Slot | Row) -> int:
+        """Return the bytes of one piece: of a row, which is not pickled yet, about how many it will have."""
+        if type(piece) is not tuple:
+            return len(piece)
+        return sum([len(value) if type(value) in TEXTS else NUMBER_BYTES for value in piece])
+
+    def block(self, pieces: Sequence[Any]) -> PackedBlock:
+        """Return encoded items as a block."""
+        packed = self._together(pieces) if self._row_bytes < WIDE_BYTES else None
+        if packed is not None:
+            return packed
+        block = self._objects([self._pickled(one) if type(one) is tuple else one for one in pieces])
+        self._row_bytes = block.nbytes // (len(pieces) or 1)
+        return block
+
+    def _together(self, pieces: Sequence[Any]) -> PackedRows | None:
+        """Return enough rows of one shape as a block; None if that is not what *pieces* are."""
+        if len(pieces) < FEW_ROWS or list(map(type, pieces)).count(tuple) != len(pieces):
+            return None
+        ref, rows = self._rows(pieces)
+        return self._packed(ref, rows) if ref else None
+
+    def _rows(self, pieces: Sequence[Row]) -> tuple[bytes, Sequence[Row]]:
+        """Return of what shape all rows are, and their values alone; b"" if they differ."""
+        raise NotImplementedError
+
+    def _pickled(self, row: Row) -> Any:  # bytes or a slot, as `encode`
+        """Return a row as it would be pickled alone."""
+        raise NotImplementedError
+
+    def _objects(self, pieces: Sequence[bytes | Slot]) -> PackedObjects:
+        """Return pickled items as a block."""
+        return self.objects(pieces)
+
+    def _packed(self, ref: bytes, rows: Sequence[Row]) -> PackedRows:
+        file = io.BytesIO()
+        pickler = pickle.Pickler(file, PROTOCOL)
+        pickler.fast = True  # no memo: what is in a row refers to nothing
+        ends = array("Q")
+        for low in range(0, len(rows), ROWS):
+            pickler.dump(rows[low : low + ROWS])
+            ends.append(file.tell())
+        body = file.getvalue()
+        self._row_bytes = len(body) // len(rows)
+        return PackedRows(body, ends.tobytes(), 0, 0, len(rows), ref, (len(body), len(rows)))
+
+
+class ShapedCodec(RowCodec):
     """Items of one class are the values of their fields, anything else is pickled as ever."""
 
     def __init__(self, shape: Shape, arena: Arena | Tenant | None = None) -> None:
@@ -640,11 +797,35 @@ class ShapedCodec(PickleCodec):
         self._ref = shape.ref
         self.encode = shape.encoder(self.sockets.dumps)
 
-    def block(self, pieces: Sequence[bytes | Slot]) -> PackedObjects:
-        """Return encoded items as a block."""
-        block = super().block(pieces)
+    def _rows(self, pieces: Sequence[Row]) -> tuple[bytes, Sequence[Row]]:
+        return self._ref, pieces
+
+    def _pickled(self, row: Row) -> Any:
+        return self.sockets.dumps(row)
+
+    def _objects(self, pieces: Sequence[bytes | Slot]) -> PackedObjects:
+        block = self.objects(pieces)
         block.shape = self._ref
         return block
+
+
+class KeyedCodec(RowCodec):
+    """Dicts of scalars are their values, and their keys once for all that have the same; see `RowCodec`."""
+
+    def __init__(self, keys: Keys, arena: Arena | Tenant | None = None) -> None:
+        super().__init__(arena)
+        self.encode = keys.encoder(self.sockets.dumps)
+        self._ref = keys.ref
+
+    def _rows(self, pieces: Sequence[Row]) -> tuple[bytes, Sequence[Row]]:
+        names = pieces[0][0]
+        if not names or list(map(itemgetter(0), pieces)).count(names) != len(pieces):
+            return b"", pieces
+        return self._ref(names), [row[1:] for row in pieces]
+
+    def _pickled(self, row: Row) -> Any:
+        names, *values = row
+        return self.sockets.dumps(dict(zip(names, values, strict=True)))
 
 
 def _length(items: list[Any], types: set[type]) -> int:
@@ -658,9 +839,10 @@ class ReferenceCodec:
     """Items are handed over as they are."""
 
     by_reference: ClassVar[bool] = True
+    by_rows: ClassVar[bool] = False
     undecoded: ClassVar[int] = 0
 
-    def shaped(self, shape: Shape) -> Codec:  # noqa: ARG002  # the protocol's name
+    def shaped(self, shape: Shape | Keys) -> Codec:  # noqa: ARG002  # the protocol's name
         """Return this one: nothing is encoded."""
         return self
 
@@ -742,7 +924,7 @@ class _Bodies:
 
 
 def _pack_block(block: Block, buffers: list[Buffer]) -> tuple[Any, ...]:
-    assert isinstance(block, PackedObjects | PackedScalars | Counted)
+    assert isinstance(block, PackedObjects | PackedScalars | PackedRows | Counted)
     buffers.append(block.body)
     return (len(block.body), *block.header())
 
@@ -752,6 +934,8 @@ def _unpack_block(fields: Sequence[Any], bodies: _Bodies) -> PackedBlock:
     if kind == "n":
         return Counted(*rest)
     body = bodies.next(length)
+    if kind == "r":
+        return PackedRows(body, *rest)
     if kind == "p":
         ends, base, shape, places = rest
         placed = tuple(None if numbers is None else bodies.place(*numbers) for numbers in places)

@@ -21,8 +21,10 @@ from itertools import islice
 from operator import is_not
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from typing_extensions import is_typeddict
+
 from jobq import faults
-from jobq.annotations import Signature, read_signature, spell
+from jobq.annotations import Signature, origin_of, read_signature, spell
 from jobq.arena import LARGE_BYTES, Slot
 from jobq.backend import DECODING, HINT, IDLE, LANES, LIMIT, STOPPING, Port, Work, may_begin, past
 from jobq.claims import CLAIM_JOBS, QUICK_SECONDS, Claims
@@ -31,14 +33,14 @@ from jobq.failure import JsonForm, failure_of, pickling_hint, refusal, safe_repr
 from jobq.locks import inside, join, joined
 from jobq.outbox import DONE, FAILED, FILTERED, ManyRoutes, NoTaker, OneRoute, Outbox, Packer, Piece, Tally
 from jobq.retirement import Retirement
-from jobq.shapes import shape_of
+from jobq.shapes import SCALARS, Keys, shape_of
 from jobq.shared import Proxy
 from jobq.stage import Job, Resource, Shard, Stage
 from jobq.validation import Router, Validator
 from jobq.wire import (
     CHUNK_BYTES,
+    NUMBER_BYTES,
     PLACED_WEIGHT,
-    SCALARS,
     TEXTS,
     Chunk,
     Codec,
@@ -46,6 +48,7 @@ from jobq.wire import (
     Grant,
     Order,
     PackedObjects,
+    PackedRows,
     PackedScalars,
     Part,
     PickleCodec,
@@ -301,7 +304,10 @@ def shaped(codec: Codec, recipe: StageRecipe, route: int) -> Codec:
         for output, its in zip(recipe.signature.outputs, recipe.member_routes, strict=True)
         if its == route
     ]
-    shape = None if codec.by_reference or len(declared) != 1 else shape_of(declared[0])
+    if codec.by_reference or len(declared) != 1:
+        return codec
+    is_dict = origin_of(declared[0]) is dict or is_typeddict(origin_of(declared[0]))
+    shape = Keys() if is_dict else shape_of(declared[0])
     return codec if shape is None else codec.shaped(shape)
 
 
@@ -456,7 +462,7 @@ class Intake:
 
     def original(self, part: Part, offset: int, item: Any) -> Any:
         """Return *item* as it came, whatever its job did to it: its dead letter is to be run again."""
-        if not isinstance(part.block, PackedObjects):
+        if not isinstance(part.block, PackedObjects | PackedRows):
             return item
         (again,) = self._codec.decode(part.block.take(offset, offset + 1))
         return item if isinstance(again, Undecodable) else again
@@ -854,8 +860,8 @@ def cannot_be_pickled(error: BaseException, recipe: StageRecipe) -> PayloadError
 # ── producers ────────────────────────────────────────────────────────────────
 
 
-def _text_length(item: Any) -> int:
-    return len(item) if type(item) in TEXTS else 8
+def _texts_length(items: list[Any]) -> int:
+    return sum([len(item) if type(item) in TEXTS else NUMBER_BYTES for item in items])
 
 
 class Producer:
@@ -884,6 +890,15 @@ class Producer:
         self._length = 1  # of a text, as they came last
         self._codec = port.codec
         self._size = port.codec.size
+        packer = self._giving.packer
+        self._by_rows = isinstance(packer, OneRoute) and packer.codec.by_rows
+        #: Returns the bytes of a slice, where its items may be long.
+        self._measure: Callable[[list[Any]], int] | None = None
+        if isinstance(packer, OneRoute) and self._by_rows:
+            self._size = packer.codec.size
+            self._measure = self._about
+        elif recipe.signature.outputs and recipe.signature.outputs[0] in TEXTS:
+            self._measure = _texts_length
 
     def run(self, order: Order) -> None:
         """Give at most as many items as granted, and answer the grant."""
@@ -895,8 +910,8 @@ class Producer:
         try:
             if self._items is None:
                 self._start()
-            give = self._scalars if self._giving.encode is None else self._objects
-            self._ended = give(order, tally)
+            slices = self._by_rows or self._giving.encode is None
+            self._ended = self._slices(order, tally) if slices else self._objects(order, tally)
         except Interrupted:
             raise
         except BaseException as error:  # the producer's, whatever it is
@@ -921,12 +936,16 @@ class Producer:
         if self._recipe.signature.nullable:
             self._items = filter(partial(is_not, None), self._items)
 
-    def _scalars(self, grant: Grant, tally: Tally) -> bool:
-        """Give items that are their own pieces, slice by slice; return whether the producer has ended."""
-        items, page, outcomes, flusher = self._items, self._page, tally.outcomes, self._outbox.flusher
+    def _slices(self, grant: Grant, tally: Tally) -> bool:
+        """
+        Give items slice by slice; return whether the producer has ended.
+
+        They are their own pieces, or rows: each is made into one before the producer is asked for the next.
+        """
+        page, outcomes, flusher, measure = self._page, tally.outcomes, self._outbox.flusher, self._measure
+        items = self._items if self._giving.encode is None else self._encoded(tally)
         clock = time.monotonic
         flushed = clock()
-        texts = self._recipe.signature.outputs[0] in TEXTS
         nbytes = unsent_bytes = 0
         while (left := grant.count - len(outcomes)) > 0 and nbytes < grant.nbytes:
             if page[LIMIT] == 0:
@@ -935,9 +954,10 @@ class Producer:
             before = len(outcomes)
             began = clock()
             wanted = min(left, self._slice)
-            if texts:
-                # Texts may be long: no more than what would be a large chunk of those that came last.
-                wanted = max(1, min(wanted, CHUNK_BYTES // self._length))
+            if measure is not None:
+                # They may be long: no more than what would be a large chunk of those that came last.
+                wanted = min(wanted, CHUNK_BYTES // self._length, (grant.nbytes - nbytes) // self._length)
+                wanted = max(1, wanted)
             if flusher is not None:
                 flusher.hold = wanted > 1
                 if before > tally.sent:
@@ -948,8 +968,8 @@ class Producer:
                 self._slice = min(self._slice * 2, 1024)
             else:
                 self._slice = 1
-            if texts:
-                size = sum(map(_text_length, outcomes[before:]))
+            if measure is not None:
+                size = measure(outcomes[before:])
                 nbytes += size
                 unsent_bytes += size if size < wanted * LARGE_BYTES else size // PLACED_WEIGHT
                 self._length = max(1, size // wanted)
@@ -962,6 +982,25 @@ class Producer:
                 self._outbox.flush()
                 flushed, unsent_bytes = now, 0
         return False
+
+    def _about(self, pieces: list[Any]) -> int:
+        """Return the bytes of so many rows, if all are like the last: to look at each costs more than it."""
+        last = pieces[-1] if pieces else FAILED
+        return 0 if last is FAILED else len(pieces) * self._size(last)
+
+    def _encoded(self, tally: Tally) -> Iterator[Any]:
+        """Yield a piece for each item: as long as nobody asks for one, the producer is not asked either."""
+        encode = self._giving.encode
+        assert encode is not None
+
+        def piece(item: Any) -> Any:
+            try:
+                return encode(item)
+            except BaseException as error:  # user code runs in it: this item's, the producer goes on
+                return self._unfit(item, error, tally)
+
+        # A generator's None is not given on.
+        return map(piece, filter(partial(is_not, None), self._items))
 
     def _is_ripe(self, tally: Tally, flushed: float, now: float) -> bool:
         """Whether what was given should leave now; what ends a grant leaves with its last answer anyway."""
@@ -986,7 +1025,7 @@ class Producer:
             try:
                 piece = encode(item)
             except BaseException as error:  # user code runs in it: this item's, the producer goes on
-                self._unfit(item, error, tally)
+                append(self._unfit(item, error, tally))
             else:
                 append(piece)
                 nbytes += size(piece.data if type(piece) is Piece else piece)
@@ -1002,19 +1041,18 @@ class Producer:
         self._stopped = True  # which is no end: there may be more
         return False
 
-    def _unfit(self, item: Any, error: BaseException, tally: Tally) -> None:
-        """Make a dead letter of an item that can't travel."""
+    def _unfit(self, item: Any, error: BaseException, tally: Tally) -> Any:
+        """Make a dead letter of an item that can't travel; return its outcome."""
         tally.marked = True
         if isinstance(item, Unfit):
             tally.failures.append(refusal(len(tally.outcomes), str(item.error), item.shown))
-            tally.outcomes.append(FAILED)
-            return
+            return FAILED
         where = self._recipe.stage.location
         frame = getattr(self._source, "gi_frame", None) or getattr(self._source, "ag_frame", None)
         if frame is not None:
             where = f"{where.rpartition(':')[0]}:{frame.f_lineno}"
         tally.failures.append(self._refuse(len(tally.outcomes), error, item, where))
-        tally.outcomes.append(FAILED)
+        return FAILED
 
     def _refuse(self, index: int, error: BaseException, item: Any, where: str = "") -> Failure:
         if not isinstance(error, PayloadError):

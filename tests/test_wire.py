@@ -68,7 +68,7 @@ def through_frame(message: Order | Said) -> Order | Said:
 
 def packed(*items: Any) -> PackedObjects:
     codec = PickleCodec()
-    return codec.block([codec.encode(item) for item in items])
+    return codec.objects([codec.encode(item) for item in items])
 
 
 def chunk_items(chunk: Order | Said) -> list[Any]:

@@ -37,11 +37,11 @@ from jobq.backend import (
 )
 from jobq.backends.child import describe_failure
 from jobq.errors import BrokenChannel, EndOfChannel
+from jobq.shapes import SCALARS
 from jobq.testing.ledger import Books, Ledger, Tag
 from jobq.testing.world import InjectedFailure, World
 from jobq.wire import (
     PROTOCOL,
-    SCALARS,
     Answer,
     Bye,
     Chunk,
@@ -116,6 +116,7 @@ class TrackingCodec:
 
     def __init__(self, by_reference: bool) -> None:
         self.by_reference = by_reference
+        self.by_rows = False
         self.undecoded = 0
 
     def encode(self, item: Any) -> Any:
