@@ -263,14 +263,37 @@ def _make_by_assignment(cls: type, names: tuple[str, ...]) -> Builder | None:
 
 
 def _make_model(cls: type, names: tuple[str, ...]) -> Builder:
-    new, put, every, count = object.__new__, object.__setattr__, set(names), len(names)
+    """
+    Return what fills the model's slots themselves, past its own ``__setattr__``.
 
-    def make(values: tuple[Any, ...]) -> Any:
-        made: Any = new(cls)
-        put(made, "__dict__", dict(zip(names, values, strict=False)))
-        put(made, "__pydantic_fields_set__", every.copy() if len(values) == count else values[count])
-        put(made, "__pydantic_extra__", None)
-        put(made, "__pydantic_private__", None)
-        return made
-
+    Written out for these names, which takes half the time of one function for all.
+    """
+    values = "".join(f"v{index}, " for index in range(len(names)))
+    state = ", ".join(f"{name!r}: v{index}" for index, name in enumerate(names))
+    source = f"""
+def make(values):
+    if len(values) == {len(names)}:
+        {values} = values
+        given = every()
+    else:
+        {values} given = values
+    made = new(cls)
+    put_state(made, {{{state}}})
+    put_given(made, given)
+    put_extra(made, None)
+    put_private(made, None)
+    return made
+"""
+    slots = sys.modules["pydantic"].BaseModel.__dict__
+    room: dict[str, Any] = {
+        "new": object.__new__,
+        "cls": cls,
+        "every": set(names).copy,
+        "put_state": slots["__dict__"].__set__,
+        "put_given": slots["__pydantic_fields_set__"].__set__,
+        "put_extra": slots["__pydantic_extra__"].__set__,
+        "put_private": slots["__pydantic_private__"].__set__,
+    }
+    exec(source, room)
+    make: Builder = room["make"]
     return make

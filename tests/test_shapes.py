@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import pytest
-from pydantic import BaseModel, ConfigDict, PrivateAttr, RootModel
+from pydantic import BaseModel, ConfigDict, PrivateAttr, RootModel, create_model
 
 from jobq import Job, JobsFailed, Pipeline
 from jobq.shapes import Shape, builder, shape_of
@@ -187,6 +187,31 @@ SHAPED: list[Callable[[], Any]] = [
 ]
 
 
+#: Names that mean something where the code that makes an instance is written, or could end a text there.
+CURIOUS = [
+    "made",
+    "values",
+    "new",
+    "cls",
+    "given",
+    "v0",
+    "it's",
+    '"',
+    "{x}",
+    "a\\",
+    "new\nline",
+    "class",
+    "é",
+]
+Curious = create_model(  # type: ignore[call-overload]  # names that no call could spell
+    "Curious", __module__=__name__, **dict.fromkeys(CURIOUS, (int, 0))
+)
+
+
+class Lone(BaseModel):
+    only: tuple[int, ...] = ()
+
+
 def there_and_back(shape: Shape, item: Any) -> Any:
     codec = ShapedCodec(shape)
     [back] = codec.decode(codec.block([codec.encode(item)]))
@@ -233,6 +258,43 @@ def test_a_model_knows_which_fields_were_given() -> None:
 
     assert back.model_fields_set == {"name", "when"}
     assert back.model_dump(exclude_unset=True) == {"name": "n", "when": NOON}
+
+
+def test_models_that_arrive_together_share_nothing() -> None:
+    shape = shape_of(Model)
+    assert shape is not None
+    codec = ShapedCodec(shape)
+    item = Model.model_construct(name="n", when=NOON, tags=[], price=Decimal(1))
+    item.model_fields_set.update(Model.model_fields)
+    pieces = [codec.encode(item) for _ in range(2)]
+
+    one, other = codec.decode(codec.block(pieces))
+    one.model_fields_set.clear()
+    one.name = "changed"
+
+    assert other == item
+    assert other.model_fields_set == set(Model.model_fields)
+
+
+def test_a_model_may_have_fields_of_any_name() -> None:
+    shape = shape_of(Curious)
+    assert shape is not None
+    item = Curious.model_validate(dict.fromkeys(CURIOUS, 1))
+    partial = Curious.model_validate({"made": 2})
+
+    assert there_and_back(shape, item) == item
+    assert there_and_back(shape, partial) == partial
+    assert there_and_back(shape, partial).model_fields_set == {"made"}
+
+
+def test_a_model_of_one_field_arrives_whatever_was_given() -> None:
+    shape = shape_of(Lone)
+    assert shape is not None
+
+    given, kept = there_and_back(shape, Lone(only=(1, 2))), there_and_back(shape, Lone())
+
+    assert (given.only, given.model_fields_set) == ((1, 2), {"only"})
+    assert (kept.only, kept.model_fields_set) == ((), set())
 
 
 def test_what_is_of_another_class_is_pickled_as_ever() -> None:
