@@ -47,7 +47,7 @@ PICKLING = (
     "__getnewargs_ex__",
 )
 
-#: The values of an item, none of which can change; of a dict, its keys come before them as one tuple.
+#: The values of an item, none of which can change; of a dict, its keys and its values.
 Row = tuple[Any, ...]
 Dumps = Callable[[Any], bytes | Slot]
 Encoder = Callable[[Any], bytes | Slot | Row]
@@ -126,11 +126,14 @@ class Keys:
 
         def encode(item: Any) -> bytes | Slot | Row:
             nonlocal names
-            if type(item) is dict and all_scalars(map(type, item.values())) and are_strings(map(type, item)):
-                keys = tuple(item)
-                if keys != names:
-                    names = keys
-                return names, *item.values()  # the same object for all: it is pickled once
+            if type(item) is dict:
+                keys, values = tuple(item), tuple(item.values())
+                if all_scalars(map(type, keys + values)):
+                    if keys == names:  # and so of strings, since no other scalar equals one
+                        return names, values  # the same object for all
+                    if are_strings(map(type, keys)):
+                        names = keys
+                        return names, values
             return dumps(item)
 
         return encode

@@ -817,15 +817,18 @@ class KeyedCodec(RowCodec):
         self.encode = keys.encoder(self.sockets.dumps)
         self._ref = keys.ref
 
+    def size(self, piece: bytes | Slot | Row) -> int:
+        """Return the bytes of one piece; keys are said once for many."""
+        return super().size(piece[1] if type(piece) is tuple else piece)
+
     def _rows(self, pieces: Sequence[Row]) -> tuple[bytes, Sequence[Row]]:
         names = pieces[0][0]
         if not names or list(map(itemgetter(0), pieces)).count(names) != len(pieces):
             return b"", pieces
-        return self._ref(names), [row[1:] for row in pieces]
+        return self._ref(names), list(map(itemgetter(1), pieces))
 
     def _pickled(self, row: Row) -> Any:
-        names, *values = row
-        return self.sockets.dumps(dict(zip(names, values, strict=True)))
+        return self.sockets.dumps(dict(zip(*row, strict=True)))
 
 
 def _length(items: list[Any], types: set[type]) -> int:
