@@ -395,8 +395,7 @@ class Driver:
 
     def _drain_wakeups(self) -> None:
         with contextlib.suppress(BlockingIOError):
-            while os.read(self._wake_read, 4096):
-                pass
+            os.read(self._wake_read, 4096)  # if there are more, the next wait ends at once
 
     # ── what workers say ─────────────────────────────────────────────────────
 

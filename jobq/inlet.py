@@ -51,8 +51,7 @@ class Inlet:
     @property
     def busy(self) -> bool:
         """Whether something may still come of it."""
-        with self._changed:
-            return self.open or bool(self._coming)
+        return self.open or bool(self._coming)  # in this order: once closed, nothing more is appended
 
     def put(self, entry: Entry) -> None:
         """Hand over one item, waiting while a stage that takes it is full; raises `JobqError` once closed."""
@@ -83,6 +82,8 @@ class Inlet:
 
     def take(self) -> Iterable[tuple[Takers, Block, tuple[int, ...]]]:
         """Yield what has come, items in a row with the same takers as one block."""
+        if not self._coming:  # whoever appends wakes the driver afterwards
+            return
         with self._changed:
             coming, self._coming = self._coming, deque()
             self._told = False

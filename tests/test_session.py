@@ -1321,3 +1321,32 @@ def test_map_gives_what_is_there_before_it_waits_for_more(
 
 def test_no_backend_was_forgotten() -> None:
     assert set(ONE_OF_EACH) <= set(BACKENDS) == {*ASIDE, "inline"}
+
+
+@pytest.mark.parametrize("backend", ["joinable", "sentinel", "pipe"])
+def test_what_was_read_to_its_end_is_not_looked_at_again(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = Pipeline("echo")
+    pipeline.consumer(abs_of)
+    read, in_vain = os.read, []
+
+    def watched(fd: int, size: int) -> bytes:
+        try:
+            return read(fd, size)
+        except BlockingIOError:
+            in_vain.append(fd)
+            raise
+
+    with pipeline.open(backend=backend) as run:
+        assert run.submit(0).result() == 0  # all have said hello
+        monkeypatch.setattr(os, "read", watched)
+        results = [run.submit(-number).result() for number in range(20)]
+        monkeypatch.undo()
+
+    assert results == list(range(20))
+    assert not in_vain
+
+
+def abs_of(number: int) -> int:
+    return abs(number)

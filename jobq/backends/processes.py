@@ -154,7 +154,8 @@ class ProcessWorker:
                 said = self._hear()
                 if said is None:
                     self._raise_end(how)
-        self._outbox.dry = False
+        if said is None:
+            self._outbox.dry = False  # whoever asks again has waited for more
         return said
 
     def close(self) -> None:
