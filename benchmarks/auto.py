@@ -21,13 +21,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
+from benchmarks import results
 from jobq import Pipeline
 from jobq.events import Event, WorkerEnded, WorkerLostEvent, WorkerStarted
 from jobq.options import RunOptions
 
 ROOT = Path(__file__).parent.parent
 AUTO = "auto auto"
+#: The head of the table of which `row` makes the rows.
+HEADER = (
+    "| mix | best by hand | s | worst by hand | s | auto, s | auto / best (least to most) | most workers |",
+    "|---|---|--:|---|--:|--:|--:|--:|",
+)
 Phase = tuple[float, float]
 FRONT, BACK = (6.0, 1.0), (1.0, 6.0)
 AROUND_TWO_CORES = ["1 1", "1 2", "2 1", "2 2", "1 3", "3 1"]
@@ -119,8 +126,8 @@ def apart(name: str, items: int, split: str, backend: str) -> tuple[float, int]:
     return seconds, most
 
 
-def compare(name: str, items: int, rounds: int, backend: str) -> str:
-    """Return a row of the table, and tell every measurement on the way."""
+def compare(name: str, items: int, rounds: int, backend: str) -> dict[str, Any]:
+    """Return the seconds of every split in every round, and tell each measurement on the way."""
     splits = [*MIXES[name].splits, AUTO]
     taken: dict[str, list[float]] = {split: [] for split in splits}
     most = 0
@@ -130,11 +137,20 @@ def compare(name: str, items: int, rounds: int, backend: str) -> str:
             taken[split].append(seconds)
             most = max(most, workers if split == AUTO else 0)
             print(f"{name:15} round {number + 1}  {split:9} {seconds:7.2f} s", file=sys.stderr, flush=True)
-    best = min(MIXES[name].splits, key=lambda split: median(taken[split]))
-    worst = max(MIXES[name].splits, key=lambda split: median(taken[split]))
-    ratio = median(auto / fixed for auto, fixed in zip(taken[AUTO], taken[best], strict=True))
-    row = (name, best, median(taken[best]), worst, median(taken[worst]), median(taken[AUTO]), ratio, most)
-    return "| {} | {} | {:.2f} | {} | {:.2f} | {:.2f} | {:.2f} | {} |".format(*row)
+    return {"taken": taken, "most": most}
+
+
+def row(name: str, found: dict[str, Any]) -> str:
+    """Return the row of the table for what `compare` found."""
+    taken: dict[str, list[float]] = found["taken"]
+    by_hand = sorted((split for split in taken if split != AUTO), key=lambda split: median(taken[split]))
+    best, worst = by_hand[0], by_hand[-1]
+    ratios = [auto / fixed for auto, fixed in zip(taken[AUTO], taken[best], strict=True)]
+    return (
+        f"| {name} | {best} | {median(taken[best]):.2f} | {worst} | {median(taken[worst]):.2f} |"
+        f" {median(taken[AUTO]):.2f} | {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |"
+        f" {found['most']} |"
+    )
 
 
 def main() -> None:
@@ -146,15 +162,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--items", type=int, default=1000)
     parser.add_argument("--backend", default="joinable")
+    parser.add_argument("--file", type=Path, default=results.FILE, help="where to keep the results")
     parser.add_argument("--one", metavar="SPLIT", help="only this, in this process, as JSON")
     options = parser.parse_args()
     if options.one is not None:
         print(json.dumps(measure(MIXES[options.mix[0]], options.items, options.one, options.backend)))
         return
-    rows = [compare(name, options.items, options.rounds, options.backend) for name in options.mix]
-    print("| mix | best by hand | s | worst by hand | s | auto, s | auto / best | most workers of auto |")
-    print("|---|---|---|---|---|---|---|---|")
-    print("\n".join(rows))
+    print(*HEADER, sep="\n", flush=True)
+    described = {"machine": results.machine(), "backend": options.backend, "rounds": options.rounds}
+    for name in options.mix:
+        found = compare(name, options.items, options.rounds, options.backend)
+        print(row(name, found), flush=True)
+        results.merge(options.file, "auto", name, {**described, **found})
+    from benchmarks.report import write
+
+    write(options.file)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ def write(file: Path) -> None:
     lines = [
         *_sections(found.get("workloads", {}), file.parent),
         *_growth(found.get("growth", {}), file.parent),
+        *_automatic(found.get("auto", {})),
     ]
     page.write_text("\n".join([f"{before}{BEGIN}", *lines, f"{END}{rest.split(END)[1]}"]))
 
@@ -247,6 +248,26 @@ def _draw_curve(curve: Any, measured: dict[str, Any], folder: Path) -> None:
     axis.grid(visible=True, which="major", alpha=0.3)
     axis.legend(frameon=False)
     _save(figure, folder, f"growth-{curve.name}")
+
+
+# --- automatic workers
+
+
+def _automatic(found: dict[str, Any]) -> Iterator[str]:
+    """Yield the table of automatic workers beside splits by hand."""
+    from benchmarks.auto import HEADER, MIXES, row
+
+    known = [(name, found[name]) for name in MIXES if name in found]
+    if not known:
+        return
+    first = known[0][1]
+    yield from ("", '## `workers="auto"` beside splits of the workers by hand', "")
+    yield f"{first['machine']}; {first['day']}, `{first['backend']}`,"
+    yield f"{first['rounds']} rounds, medians of seconds."
+    yield from ("", *HEADER)
+    for name, measured in known:
+        yield row(name, measured)
+    yield ""
 
 
 def main() -> None:
