@@ -195,22 +195,27 @@ class Line:
     grants: dict[str, dict[int, GrantFlight]] = field(default_factory=dict)
     sent: dict[str, int] = field(default_factory=dict)  # tickets given out, by worker
     sequencer: Sequencer[tuple[Output, tuple[int, ...] | None]] | None = None
+    # What is read of the declaration at every step:
+    is_producer: bool = field(init=False)  # no inputs
+    batch: int | None = field(init=False, default=None)  # items of one call, if the stage takes lists
+    queue_size: int = field(init=False, default=0)  # what may wait; 0 at a producer
+    queue_bytes: int = field(init=False, default=0)
+    size_is_given: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        self.is_producer = self.node.stage.kind == "producer"
+        if not self.is_producer:
+            options = self.node.stage.consumer
+            self.batch = options.batch
+            self.queue_size = max(options.queue_size, options.batch or 0)
+            self.queue_bytes = options.queue_bytes
+            self.size_is_given = "queue_size" in options.model_fields_set
 
     def count_queued(self, parts: Iterable[Part]) -> None:
         """Count *parts* as queued."""
         for part in parts:
             self.queued += part.block.count
             self.queued_bytes += part.block.nbytes
-
-    @property
-    def is_producer(self) -> bool:
-        """Whether this stage has no inputs."""
-        return self.node.stage.kind == "producer"
-
-    @property
-    def batch(self) -> int | None:
-        """How many items one call takes, if the stage takes lists."""
-        return None if self.is_producer else self.node.stage.consumer.batch
 
     @property
     def room(self) -> int:
@@ -220,19 +225,16 @@ class Line:
         A queue size that the user chose is meant to the letter: so many may wait, besides those in hand. By
         default a worker's chunk in hand, and the next, don't count: they are through in a few milliseconds.
         """
-        options = self.node.stage.consumer
-        if "queue_size" not in options.model_fields_set:
-            in_hand = max(self.lanes, 2 * self.lanes * self.target)
-        else:
+        if self.size_is_given:
             in_hand = sum([min(self.each, load) for load in self.loads.values()])
-        size = max(options.queue_size, options.batch or 0)
-        return size + in_hand - self.queued - self.flying - self.promised
+        else:
+            in_hand = max(self.lanes, 2 * self.lanes * self.target)
+        return self.queue_size + in_hand - self.queued - self.flying - self.promised
 
     @property
     def room_bytes(self) -> int:
         """How many more bytes may be on their way here; may be negative."""
-        limit = self.node.stage.consumer.queue_bytes
-        return limit - self.queued_bytes - self.flying_bytes - self.promised_bytes
+        return self.queue_bytes - self.queued_bytes - self.flying_bytes - self.promised_bytes
 
     @property
     def ready(self) -> int:
