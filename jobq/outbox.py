@@ -223,7 +223,8 @@ class Flusher:
             if idle > IDLE_TICKS and not self.hold:
                 idle = 0
                 self._armed.clear()
-                if self._ended or self._flush():  # something came in between
+                # Whoever came in between took us for awake, and did not arm us.
+                if self._ended or self.hold or self._flush():
                     self._armed.set()
 
     def renew(self) -> None:

@@ -18,7 +18,7 @@ from jobq import backends, events
 from jobq.annotations import read_signature
 from jobq.backend import Backend, Plan, Preload, Recipe
 from jobq.driver import KILL, STOP, Clock, Driver
-from jobq.errors import Interrupted, PipelineError
+from jobq.errors import BackendUnavailable, Interrupted, PipelineError
 from jobq.failure import JsonForm
 from jobq.graph import Edge, Graph, Node, Route, bind, find_by_name_problems
 from jobq.inputs import Source, input_source
@@ -29,6 +29,7 @@ from jobq.locks import open_desk
 from jobq.options import RunOptions, Workers
 from jobq.outcome import Outcome
 from jobq.policy import Uniform
+from jobq.pool import describe_lack
 from jobq.report import Report
 from jobq.results import Collect, Sink
 from jobq.scheduler import Scheduler
@@ -266,7 +267,10 @@ def prepare(
     began = machine.clock.monotonic()
     workers = sum(sizes.values()) + bool(kept)
     plan = Plan(recipes, options.start_method, preload, daemon, _standard_input(graph, sizes), workers)
-    backend = backend_class(plan)  # type: ignore[call-arg]  # a Protocol has no constructor
+    try:
+        backend = backend_class(plan)  # type: ignore[call-arg]  # a Protocol has no constructor
+    except OSError as error:
+        raise BackendUnavailable(describe_lack(error)) from error
     try:
         watchers = Watchers(list(observers))
         forms = {node.stage.name: JsonForm(node.signature.item_type) for node in graph.consumers()}

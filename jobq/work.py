@@ -916,8 +916,9 @@ class Producer:
             raise
         except BaseException as error:  # the producer's, whatever it is
             self._ended = True
-            tally.failures.append(failure_of(-1, error, None, ()))
-            tally.failures[-1] = replace(tally.failures[-1], item_type=None, item_json=None, item_repr=None)
+            failure = failure_of(-1, error, None, ())
+            # Whole when it is appended: the flusher may send it at once.
+            tally.failures.append(replace(failure, item_type=None, item_json=None, item_repr=None))
         if self._outbox.flusher is not None:
             self._outbox.flusher.hold = False
         self._outbox.flush(final=True, ended=self._ended)
@@ -959,8 +960,9 @@ class Producer:
                 wanted = min(wanted, CHUNK_BYTES // self._length, (grant.nbytes - nbytes) // self._length)
                 wanted = max(1, wanted)
             if flusher is not None:
+                # What lies there, or comes first of several, is not to wait until the producer comes back.
                 flusher.hold = wanted > 1
-                if before > tally.sent:
+                if flusher.hold or before > tally.sent:
                     flusher.arm()
             outcomes.extend(islice(items, wanted))
             now = clock()

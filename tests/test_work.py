@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ from jobq.wire import (
     pack,
     unpack,
 )
-from jobq.work import ResourceUse, RouteUse, StageRecipe
+from jobq.work import SLICE_SECONDS, ResourceUse, RouteUse, StageRecipe
 
 CODECS: dict[str, Codec] = {"reference": ReferenceCodec(), "pickle": PickleCodec()}
 
@@ -867,6 +868,14 @@ def things() -> Iterator[Box]:
     yield from map(Box, range(10))
 
 
+def patiently(claim: Callable[[], bool]) -> None:
+    """Return when *claim* is true; the time is a safety net only."""
+    deadline = time.monotonic() + 20
+    while not claim():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 def producer(function: Callable[..., Any], codec: Codec, **given: Any) -> Bench:
     return Bench(function, codec, kind="producer", **{"flusher": True, **given})
 
@@ -906,6 +915,56 @@ def test_a_producer_that_has_ended_answers_further_grants_with_nothing(
         answer = bench.grant(10)
 
         assert (answer.final, answer.settled, answer.outputs) == (True, (), ())
+
+
+def test_what_comes_first_of_a_slice_does_not_wait_for_the_second(codec: Codec) -> None:
+    asleep: Callable[[], bool] = lambda: not flusher._armed.is_set()  # noqa: E731
+
+    def pass_time() -> None:
+        """Let the slice take so long that the next one is of one item."""
+        until = time.perf_counter() + 2 * SLICE_SECONDS
+        while time.perf_counter() < until:
+            pass
+
+    def numbers() -> Iterator[int]:
+        for number in range(0, 50, 5):
+            pass_time()
+            yield number
+            pass_time()
+            yield number + 1
+            patiently(asleep)
+            yield number + 2
+            yield number + 3  # at once: two are asked for next
+            yield number + 4
+            patiently(lambda last=number + 4: last in bench.given())  # type: ignore[misc]
+
+    with producer(numbers, codec) as bench:
+        flusher = bench.work._outbox.flusher  # type: ignore[attr-defined]
+        bench.port.page[HINT] = 1
+
+        bench.grant(1000)
+
+        assert bench.given() == list(range(50))
+
+
+def test_a_producer_s_failure_is_whole_when_the_flusher_sees_it(codec: Codec) -> None:
+    seen = []
+
+    class Failures(list[Any]):
+        def append(self, failure: Any) -> None:
+            seen.append(failure)
+            super().append(failure)
+
+    def broken() -> Iterator[int]:
+        yield 1
+        bench.work._outbox.tally.failures = Failures()  # type: ignore[attr-defined]
+        raise OSError("disk gone")
+
+    with producer(broken, codec) as bench:
+        (failure,) = bench.grant(10).failures
+
+    assert seen == [failure]
+    assert (failure.item_repr, failure.item_type, failure.item_json) == (None, None, None)
 
 
 def test_bytes_end_a_grant_with_the_item_that_exceeds_them(pickled: Codec) -> None:

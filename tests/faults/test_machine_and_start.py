@@ -205,14 +205,17 @@ def noted() -> list[str]:
     "stage work has had no worker for 10 s",
     exit=2,
 )
-def test_a_lack_of_processes_is_told_with_its_limit(tmp_path: Path, unprivileged: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("processes", [1, 2], ids=["nobody can fork workers", "no worker can be forked"])
+def test_a_lack_of_processes_is_told_with_its_limit(
+    processes: int, tmp_path: Path, unprivileged: tuple[str, ...]
+) -> None:
     path = write(tmp_path, WORK)
 
     ended_ = ended(
         (
             *unprivileged,
             "prlimit",
-            "--nproc=2",
+            f"--nproc={processes}",
             *JOBQ,
             "run",
             path.name,
@@ -264,11 +267,9 @@ def unprivileged(tmp_path: Path) -> tuple[str, ...]:
         pytest.skip("root is exempt from the limit of processes, and setpriv is not there to become another")
     tmp_path.chmod(0o777)
     able = "+dac_override,+dac_read_search"
-    user = f"--reuid={UNUSED_UID}", f"--regid={UNUSED_UID}", "--clear-groups"
+    unused = 30_000 + os.getpid() % 30_000  # the limit is one for all processes of a user
+    user = f"--reuid={unused}", f"--regid={unused}", "--clear-groups"
     return ("setpriv", *user, f"--inh-caps={able}", f"--ambient-caps={able}")
-
-
-UNUSED_UID = 61_234
 
 
 @fault(
