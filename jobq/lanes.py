@@ -80,7 +80,7 @@ class Lanes:
         self._counters = Counters(emitted=[0] * len(recipe.routes))
         self._flushed = 0.0
         self._current = threading.local()
-        self._flusher = Flusher(self.flush) if recipe.flusher else None
+        self._flusher = Flusher(self.flush, lambda: bool(self._tallies)) if recipe.flusher else None
         survive_forks(self)
 
     def renew(self) -> None:

@@ -21,10 +21,12 @@ from jobq.claims import Claims
 from jobq.retirement import Retirement
 from jobq.wire import Answer, Block, Codec, Counted, Failure, Output, Totals
 
-#: How often the flusher looks, in seconds: "a few milliseconds".
-TICK_SECONDS = 0.003
-#: After so many looks in vain it sleeps until the next order.
+#: How often the flusher looks, in seconds: a few milliseconds, and as long as a chunk takes, which then is one answer.
+TICK_SECONDS = 0.005
+#: After so many looks in vain it looks seldom, and between orders not at all.
 IDLE_TICKS = 20
+#: How often "seldom" is, in seconds: what is done waits no longer, and a long job is hardly disturbed.
+LOOK_SECONDS = 0.05
 
 
 class Marker:
@@ -191,19 +193,21 @@ os.register_at_fork(after_in_child=_renew_all)
 
 
 class Flusher:
-    """A thread that calls *flush* every few milliseconds while orders are being worked on."""
+    """
+    A thread that calls *flush* every few milliseconds while something comes of it, else now and then.
 
-    def __init__(self, flush: Callable[[], bool]) -> None:
+    While *busy* an order is in hand: a job of it may end and a long one begin, and nobody tells us.
+    """
+
+    def __init__(self, flush: Callable[[], bool], busy: Callable[[], bool]) -> None:
         self._flush = flush
+        self._busy = busy
         self._armed = threading.Event()
         self._thread: threading.Thread | None = None
         self._ended = False
-        #: Keep looking, however long nothing comes: the working thread is inside user code that may give
-        #: several items, each of which is to leave soon.
-        self.hold = False
 
     def arm(self) -> None:
-        """Look from now on (cheap: called for every order)."""
+        """Look soon (cheap: called for every order)."""
         if self._armed.is_set():
             return
         self._armed.set()
@@ -214,18 +218,15 @@ class Flusher:
 
     def _loop(self) -> None:
         idle = 0
-        while True:
-            self._armed.wait()
-            if self._ended:
-                return
-            time.sleep(TICK_SECONDS)
-            idle = 0 if self._flush() else idle + 1
-            if idle > IDLE_TICKS and not self.hold:
-                idle = 0
+        while not self._ended:
+            if idle <= IDLE_TICKS:
+                time.sleep(TICK_SECONDS)
+            else:
+                # Whoever arms us just before this is in an order, which we then see: it waits for one look.
                 self._armed.clear()
-                # Whoever came in between took us for awake, and did not arm us.
-                if self._ended or self.hold or self._flush():
-                    self._armed.set()
+                if self._armed.wait(LOOK_SECONDS if self._busy() else None):
+                    idle = 0
+            idle = 0 if self._flush() else idle + 1
 
     def renew(self) -> None:
         """Have nothing to do any more: the thread is not there."""
@@ -270,7 +271,7 @@ class Outbox:
         self._counters = Counters(emitted=[0] * routes)
         self.tally: Tally | None = None
         self.claims: Claims | None = None
-        self.flusher = Flusher(self._look) if flusher else None
+        self.flusher = Flusher(self._look, lambda: self.tally is not None) if flusher else None
         survive_forks(self)
 
     def renew(self) -> None:

@@ -36,7 +36,7 @@ Ranges = list[tuple[int, int]]
 #: Never more jobs in a chunk, whatever their size: waking an idle core takes as long as a thousand tiny jobs.
 CHUNK_JOBS = 4096
 #: A chunk should take about so many seconds: long beside its transport, short beside a person.
-CHUNK_SECONDS = 0.003
+CHUNK_SECONDS = 0.005
 #: Jobs that take less in all aren't worth sharing out where a part of their block carries all its bytes.
 SHARE_SECONDS = 0.0003
 

@@ -919,8 +919,6 @@ class Producer:
             failure = failure_of(-1, error, None, ())
             # Whole when it is appended: the flusher may send it at once.
             tally.failures.append(replace(failure, item_type=None, item_json=None, item_repr=None))
-        if self._outbox.flusher is not None:
-            self._outbox.flusher.hold = False
         self._outbox.flush(final=True, ended=self._ended)
 
     def _start(self) -> None:
@@ -959,11 +957,9 @@ class Producer:
                 # They may be long: no more than what would be a large chunk of those that came last.
                 wanted = min(wanted, CHUNK_BYTES // self._length, (grant.nbytes - nbytes) // self._length)
                 wanted = max(1, wanted)
-            if flusher is not None:
-                # What lies there, or comes first of several, is not to wait until the producer comes back.
-                flusher.hold = wanted > 1
-                if flusher.hold or before > tally.sent:
-                    flusher.arm()
+            # What lies there, or comes first of several, is not to wait until the producer comes back.
+            if flusher is not None and (wanted > 1 or before > tally.sent):
+                flusher.arm()
             outcomes.extend(islice(items, wanted))
             now = clock()
             if now - began < SLICE_SECONDS:
@@ -1015,8 +1011,7 @@ class Producer:
         encode, size, append, began = self._giving.encode, self._size, outcomes.append, time.monotonic()
         nbytes = 0
         assert encode is not None
-        if flusher is not None:  # what is given leaves in a few milliseconds, whatever comes after it
-            flusher.hold = True
+        if flusher is not None:
             flusher.arm()
         while page[LIMIT] != 0:
             item = next(items, FAILED)  # no user's item is ours
@@ -1040,6 +1035,8 @@ class Producer:
                     return False  # nobody else runs meanwhile: let those after us have these first
             elif given - tally.sent >= page[HINT]:
                 self._outbox.flush()
+            else:
+                flusher.arm()  # what is given leaves in a few milliseconds, whatever comes after it
         self._stopped = True  # which is no end: there may be more
         return False
 

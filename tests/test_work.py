@@ -747,6 +747,31 @@ def test_what_is_done_leaves_while_a_slow_job_is_in_hand(codec: Codec) -> None:
         assert bench.given() == [0, 1, 2]
 
 
+def test_what_is_done_leaves_however_long_nothing_was_before(codec: Codec) -> None:
+    done: list[int] = []
+    seen = threading.Event()
+
+    def watch(answer: Answer) -> None:
+        done.extend(settled(answer))
+        if len(done) == 2:
+            seen.set()
+
+    def work(i: int) -> int:
+        if i == 0:
+            patiently(lambda: not flusher._armed.is_set())
+        if i == 2:
+            assert seen.wait(20)
+        return i
+
+    with Bench(work, codec, flusher=True) as bench:
+        flusher = bench.work._outbox.flusher  # type: ignore[attr-defined]
+        bench.port.watch = watch
+
+        bench.do(0, 1, 2)
+
+        assert done == [0, 1, 2]
+
+
 # --- resources -----------------------------------------------------------------------------------
 
 
