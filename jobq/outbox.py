@@ -21,7 +21,7 @@ from jobq.claims import Claims
 from jobq.retirement import Retirement
 from jobq.wire import Answer, Block, Codec, Counted, Failure, Output, Totals
 
-#: How often the flusher looks, in seconds: a few milliseconds, and as long as a chunk takes, which then is one answer.
+#: How often the flusher looks, in seconds: no sooner than a chunk is to be through, which then is one answer.
 TICK_SECONDS = 0.005
 #: After so many looks in vain it looks seldom, and between orders not at all.
 IDLE_TICKS = 20
