@@ -122,9 +122,7 @@ class PackedObjects:
 
     def positions(self) -> array[int]:
         """Return where each item ends, in ``body``'s own count plus ``base``."""
-        ends = array("Q")
-        ends.frombytes(self.ends)
-        return ends
+        return _numbers(self.ends)
 
     def take(self, low: int, high: int) -> PackedObjects:
         """Return the items ``low <= i < high``, copying none."""
@@ -193,6 +191,12 @@ class PackedPlaced(PackedObjects):
 def owned(block: Block) -> Block:
     """Return a block that takes no room in the arena, however long somebody keeps it."""
     return block.owned() if isinstance(block, PackedPlaced) else block
+
+
+def _numbers(packed: bytes) -> array[int]:
+    numbers = array("Q")
+    numbers.frombytes(packed)
+    return numbers
 
 
 def _ends(pieces: Sequence[Buffer | Slot]) -> bytes:
@@ -274,9 +278,7 @@ class PackedRows:
 
     def positions(self) -> array[int]:
         """Return where each list ends, in ``body``'s own count plus ``base``."""
-        ends = array("Q")
-        ends.frombytes(self.ends)
-        return ends
+        return _numbers(self.ends)
 
     def take(self, low: int, high: int) -> PackedRows:
         """Return the items ``low <= i < high``, with those that were pickled with them."""
@@ -746,14 +748,14 @@ class RowCodec(PickleCodec):
         """Return the bytes of one piece: of a row, which is not pickled yet, about how many it will have."""
         if type(piece) is not tuple:
             return len(piece)
-        return sum([len(value) if type(value) in TEXTS else NUMBER_BYTES for value in piece])
+        return length_of(piece)
 
     def block(self, pieces: Sequence[Any]) -> PackedBlock:
         """Return encoded items as a block."""
         packed = self._together(pieces) if self._row_bytes < WIDE_BYTES else None
         if packed is not None:
             return packed
-        block = self._objects([self._pickled(one) if type(one) is tuple else one for one in pieces])
+        block = self.objects([self._pickled(one) if type(one) is tuple else one for one in pieces])
         self._row_bytes = block.nbytes // (len(pieces) or 1)
         return block
 
@@ -771,10 +773,6 @@ class RowCodec(PickleCodec):
     def _pickled(self, row: Row) -> Any:  # bytes or a slot, as `encode`
         """Return a row as it would be pickled alone."""
         raise NotImplementedError
-
-    def _objects(self, pieces: Sequence[bytes | Slot]) -> PackedObjects:
-        """Return pickled items as a block."""
-        return self.objects(pieces)
 
     def _packed(self, ref: bytes, rows: Sequence[Row]) -> PackedRows:
         file = io.BytesIO()
@@ -803,8 +801,9 @@ class ShapedCodec(RowCodec):
     def _pickled(self, row: Row) -> Any:
         return self.sockets.dumps(row)
 
-    def _objects(self, pieces: Sequence[bytes | Slot]) -> PackedObjects:
-        block = self.objects(pieces)
+    def objects(self, pieces: Sequence[bytes | Slot]) -> PackedObjects:
+        """Return pickled items as a block."""
+        block = super().objects(pieces)
         block.shape = self._ref
         return block
 
@@ -829,6 +828,11 @@ class KeyedCodec(RowCodec):
 
     def _pickled(self, row: Row) -> Any:
         return self.sockets.dumps(dict(zip(*row, strict=True)))
+
+
+def length_of(values: Sequence[Any]) -> int:
+    """Return the bytes that scalars take, about."""
+    return sum([len(value) if type(value) in TEXTS else NUMBER_BYTES for value in values])
 
 
 def _length(items: list[Any], types: set[type]) -> int:

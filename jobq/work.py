@@ -39,7 +39,6 @@ from jobq.stage import Job, Resource, Shard, Stage
 from jobq.validation import Router, Validator
 from jobq.wire import (
     CHUNK_BYTES,
-    NUMBER_BYTES,
     PLACED_WEIGHT,
     TEXTS,
     Chunk,
@@ -53,6 +52,7 @@ from jobq.wire import (
     Part,
     PickleCodec,
     Undecodable,
+    length_of,
 )
 
 if TYPE_CHECKING:
@@ -860,10 +860,6 @@ def cannot_be_pickled(error: BaseException, recipe: StageRecipe) -> PayloadError
 # ── producers ────────────────────────────────────────────────────────────────
 
 
-def _texts_length(items: list[Any]) -> int:
-    return sum([len(item) if type(item) in TEXTS else NUMBER_BYTES for item in items])
-
-
 class Producer:
     """A producer's work: it gives items as far as it is granted."""
 
@@ -898,7 +894,7 @@ class Producer:
             self._size = packer.codec.size
             self._measure = self._about
         elif recipe.signature.outputs and recipe.signature.outputs[0] in TEXTS:
-            self._measure = _texts_length
+            self._measure = length_of
 
     def run(self, order: Order) -> None:
         """Give at most as many items as granted, and answer the grant."""
@@ -932,7 +928,7 @@ class Producer:
             self._items = self._awaiter.iterate(aiter(source))
         else:
             self._items = iter(source if source is not None else ())
-        if self._recipe.signature.nullable:
+        if self._recipe.signature.nullable or self._by_rows:  # a generator's None is not given on
             self._items = filter(partial(is_not, None), self._items)
 
     def _slices(self, grant: Grant, tally: Tally) -> bool:
@@ -997,8 +993,7 @@ class Producer:
             except BaseException as error:  # user code runs in it: this item's, the producer goes on
                 return self._unfit(item, error, tally)
 
-        # A generator's None is not given on.
-        return map(piece, filter(partial(is_not, None), self._items))
+        return map(piece, self._items)
 
     def _is_ripe(self, tally: Tally, flushed: float, now: float) -> bool:
         """Whether what was given should leave now; what ends a grant leaves with its last answer anyway."""
