@@ -581,9 +581,10 @@ class Driver:
         ]
         jobs = tuple(part.first for part in in_hand)
         limit = 0 if line.is_producer else line.node.stage.consumer.max_deliveries
-        deliveries = (in_hand[0].delivery + 1, limit) if len(in_hand) == 1 else ()
         self._forget(member)
         back, stopped = 0, self.ending.killed or self.stops >= STOP
+        again = len(in_hand) == 1 and in_hand[0].delivery < limit and not (member.overdue or stopped)
+        deliveries = (in_hand[0].delivery + 1, limit) if again else ()
         if line.is_producer:
             self._lost_producer(line, name, reason)
         elif member.overdue:

@@ -288,6 +288,13 @@ def test_a_lost_worker_is_named_with_what_becomes_of_its_item(stream: io.StringI
             "warning  jobq: worker w of stage p ended while on items 3, 4; the items go to other workers",
         ),
         (
+            WorkerLostEvent("p", "w", None, "ended", (3,), 2),  # the third time: 3 is given up
+            (
+                "warning  jobq: worker w of stage p ended while on item 3; "
+                "2 items that it had not begun go to others"
+            ),
+        ),
+        (
             WorkerLostEvent("p", "p-1.2", None, "ended", (3,), 0),
             "warning  jobq: worker 1.2 of stage p ended while on item 3",
         ),

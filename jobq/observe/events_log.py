@@ -154,16 +154,16 @@ def _worker(stage: str, worker: str, pid: int | None) -> str:
 
 def _lost(event: WorkerLostEvent) -> str:
     worker, reason = _worker(event.stage, event.worker, event.pid), event.reason.partition("\n")[0]
+    others = f"; {_items(event.put_back)} that it had not begun go to others" if event.put_back else ""
     if not event.in_hand:
-        fate = f"; {_items(event.put_back)} that it had not begun go to others" if event.put_back else ""
-        return f"{worker} {reason}{fate}"
+        return f"{worker} {reason}{others}"
     shown = ", ".join(map(str, event.in_hand[:5])) + (", …" if len(event.in_hand) > 5 else "")
     several = len(event.in_hand) > 1
-    fate = ""
-    if event.put_back:
-        fate = "; the items go to other workers" if several else "; the item goes to another worker"
-    if event.delivery is not None and event.max_deliveries is not None:
-        fate += f", attempt {event.delivery} of {event.max_deliveries}"
+    fate = others  # one in hand that has no next delivery is dead, or not charged for a death
+    if several and event.put_back:
+        fate = "; the items go to other workers"
+    elif event.delivery is not None:
+        fate = f"; the item goes to another worker, attempt {event.delivery} of {event.max_deliveries}"
     return f"{worker} {reason} while on item{'s' * several} {shown}{fate}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -600,6 +601,7 @@ def test_a_poison_job_is_given_up(program: Program, backend: str) -> None:
     assert_row("A17", ended)
     assert_all_done(ended, but={7})
     assert ended.noted("began").count("7") == 3
+    assert re.findall(r"attempt \d of \d", ended.err) == ["attempt 2 of 3", "attempt 3 of 3"]
 
 
 UP = """
