@@ -304,7 +304,8 @@ def test_garbage_on_the_channel_is_told_and_its_writer_stopped() -> None:
 
 
 def kill_keeper(made: Bench) -> None:
-    """Kill the process that forks workers, and see it die."""
+    """Kill the process that forks workers, and see it die, when there is one that would take its place."""
+    assert _nursery(made).spare_pid is not None
     kill_and_see(_nursery(made).pid)
 
 
@@ -369,7 +370,6 @@ def test_a_run_outlives_any_number_of_keepers_while_threads_run() -> None:
         workers = []
         for _ in range(10):
             workers.append(made.start("echo"))
-            _nursery(made).spare_pid  # noqa: B018  # waits for it: two killed at once are too many
             kill_keeper(made)
 
         for worker in workers:
@@ -412,11 +412,14 @@ def test_two_lost_forkers_are_told_where_threads_run() -> None:
         assert ask(made, worker, 1) == [1]
 
 
+@pytest.mark.parametrize("spare", ["spare", "no spare"])
 def test_a_forker_that_is_killed_while_it_forks_leaves_no_second_reader(
-    monkeypatch: pytest.MonkeyPatch,
+    spare: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with bench() as made:
         nursery = _nursery(made)
+        if spare == "no spare":
+            kill_spare(made)
         fork = type(nursery._keeper).fork
 
         def fork_and_lose(*given: Any) -> tuple[int, int]:

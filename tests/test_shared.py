@@ -766,9 +766,10 @@ def test_a_run_without_run_scoped_resources_has_no_keeper(notes: Notes) -> None:
 
     @pipeline.consumer
     def work(i: int) -> list[str]:
-        nursery = Path(f"/proc/{os.getppid()}/task/{os.getppid()}/children").read_text().split()
+        children = Path(f"/proc/{os.getppid()}/task/{os.getppid()}/children")
+        until(lambda: len(children.read_text().split()) >= 3)
         with Lock("x"):
-            return nursery
+            return children.read_text().split()
 
     (children,) = run(pipeline, "pipe").results
 

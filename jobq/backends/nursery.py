@@ -2,7 +2,7 @@
 A process without threads that forks the workers, so that the driver never forks while threads run.
 
     driver ── start (recipe, descriptors) ──> keeper ── fork ──> worker
-    driver <── pid, pidfd ─────────────────── keeper ── fork ──> spare keeper, which waits
+    driver <── pid, pidfd ─────────────────── keeper ── fork ──> spare keeper, which waits: a moment later
     driver <══ epitaph: how a worker ended ══ keeper (one pipe per worker)
     driver ══ lifeline: breaks when the driver dies ══> keepers and workers, which die then
 
@@ -28,6 +28,7 @@ import stat
 import struct
 import sys
 import threading
+import time
 import traceback
 import warnings
 from multiprocessing.context import ForkProcess
@@ -52,10 +53,14 @@ REAPING = 5
 MOURNING = 1
 #: A request that is no worker's: fork a spare keeper, which is reached by the socket that comes along.
 SPARE = ""
+#: Seconds until a spare is forked: a short run does without, and a longer one has its workers first.
+SPARE_DELAY = 0.05
+#: What the keepers don't listen to. To make it takes a tenth of a millisecond.
+BLOCKED = signal.valid_signals() - {signal.SIGCHLD}
 
 
 class NurseryLost(Exception):
-    """The keeper was killed before it answered (it may have forked), and another has taken its place."""
+    """The keeper was killed before it answered (it may have forked); the next start takes another."""
 
 
 class Nursery:
@@ -65,6 +70,7 @@ class Nursery:
         self._plan = plan
         self._broken, self._lifeline = os.pipe()
         self._spare: _Contact | None = None
+        self._lost = False
         try:
             self._keeper = self._fork_keeper()
         except BaseException:
@@ -91,13 +97,16 @@ class Nursery:
         killed the keeper (try again, with a new channel: a worker may hold this one), and
         `BackendUnavailable` if there can't be another keeper.
         """
+        if self._lost:
+            self._replace_keeper()
         epitaph, theirs = os.pipe()
         try:
             pid, pidfd = self._keeper.fork(name, recipe, [*descriptors, theirs])
         except BaseException as error:
             os.close(epitaph)
             if isinstance(error, ConnectionError | EOFError | TimeoutError):
-                self._replace_keeper()
+                # Replaced when these descriptors are closed: a keeper forked now would hold them open.
+                self._lost = True
                 raise NurseryLost from error
             raise
         finally:
@@ -107,10 +116,12 @@ class Nursery:
 
     def close(self) -> None:
         """Kill the keepers and their workers, and wait until they are gone. Idempotent."""
-        if self._spare is not None:
-            self._spare.end()  # before its parent
-            self._spare = None
-        self._keeper.end()
+        spare, self._spare = self._spare, None
+        contacts = [contact for contact in (spare, self._keeper) if contact is not None]
+        for contact in contacts:  # all before we wait for one: the parent waits for the spare
+            contact.hang_up()
+        for contact in contacts:
+            contact.end()
         self.forget()
 
     def forget(self) -> None:
@@ -138,6 +149,7 @@ class Nursery:
             )
         else:
             self._keeper = self._fork_keeper()
+        self._lost = False
         self._have_a_spare()
 
     def _have_a_spare(self) -> None:
@@ -223,7 +235,7 @@ class _Contact:
         return pid, fds[0] if fds else -1
 
     def fork_spare(self) -> _Contact:
-        """Have a spare keeper forked; doesn't wait for it."""
+        """Have a spare keeper forked in a moment; doesn't wait for it."""
         ours, theirs = socket.socketpair()
         with theirs:
             try:
@@ -233,13 +245,17 @@ class _Contact:
                 raise
         return _Contact(ours)
 
+    def hang_up(self) -> None:
+        """Let the keeper kill its workers and end. Idempotent."""
+        with contextlib.suppress(OSError):  # it has hung up before
+            self._connection.shutdown(socket.SHUT_WR)
+
     def end(self) -> None:
-        """Let the keeper kill its workers and end, and wait until it has. Idempotent."""
+        """Wait until the keeper, which was hung up, has ended. Idempotent."""
         if self._connection.fileno() < 0:
             return
         self._connection.settimeout(REAPING)
         try:
-            self._connection.shutdown(socket.SHUT_WR)
             while self._connection.recv(4096):  # until it has ended
                 pass
         except OSError:
@@ -334,8 +350,10 @@ class _Keeper:
         self._files = files
         self._lifeline = lifeline
         self._epitaphs: dict[int, int] = {}
+        self._spares: list[int] = []  # sockets for those that are still to be forked
+        self._spare_at = 0.0
         # Signals of the terminal or of a process group are the driver's to react to.
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - {signal.SIGCHLD})
+        signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
         self._driver = -1
         with contextlib.suppress(OSError, AttributeError):
             self._driver = os.pidfd_open(driver)
@@ -360,7 +378,7 @@ class _Keeper:
                 poll.register(fd, select.POLLIN)
         try:
             while True:
-                ready = {fd for fd, _ in poll.poll()}
+                ready = {fd for fd, _ in poll.poll(self._patience())}
                 if self._driver in ready:
                     break
                 if self._bell in ready:
@@ -369,9 +387,15 @@ class _Keeper:
                     self._reap()
                 if requests.fileno() in ready:
                     self._serve()
+                if self._spares and time.monotonic() >= self._spare_at:
+                    self._fork_spares()
         except (EOFError, ConnectionError):
             pass
         self._end()
+
+    def _patience(self) -> float | None:
+        """Return the milliseconds until a spare is to be forked; None: none is."""
+        return 1000 * max(0.0, self._spare_at - time.monotonic()) if self._spares else None
 
     def _serve(self) -> None:
         length, fds, _, _ = socket.recv_fds(self._requests, LENGTH.size, GIVEN)
@@ -380,7 +404,8 @@ class _Keeper:
         length += _receive(self._requests, LENGTH.size - len(length))
         request: Any = marshal.loads(_receive(self._requests, LENGTH.unpack(length)[0]))
         if request == SPARE:
-            self._fork_spare(fds)
+            self._spares += fds  # none, where our table was full: the driver sees the socket close
+            self._spare_at = time.monotonic() + SPARE_DELAY
             return
         name, recipe = request
         pid, number = self._fork_worker(name, recipe, fds)
@@ -426,17 +451,17 @@ class _Keeper:
         finally:
             os._exit(1)
 
-    def _fork_spare(self, fds: list[int]) -> None:
-        with contextlib.suppress(OSError):  # the driver sees the socket close, and asks again
-            if fds and os.fork() == 0:
-                self._become_spare(fds[0])
-        for fd in fds:
-            os.close(fd)
+    def _fork_spares(self) -> None:
+        while self._spares:
+            with contextlib.suppress(OSError):  # the driver sees the socket close, and asks again
+                if os.fork() == 0:
+                    self._become_spare(self._spares.pop(0))
+            os.close(self._spares.pop(0))
 
     def _become_spare(self, fd: int) -> NoReturn:
         try:
             self._shed()
-            self._epitaphs = {}
+            self._epitaphs, self._spares = {}, []
             requests = socket.socket(fileno=fd)
             requests.sendall(GREETING.pack(os.getpid()))
             self.run(requests)
@@ -447,7 +472,7 @@ class _Keeper:
 
     def _shed(self) -> None:
         """Close, in a fork, what is this keeper's alone: who holds it would hide its death."""
-        for fd in (*self._own, *self._epitaphs.values()):
+        for fd in (*self._own, *self._epitaphs.values(), *self._spares):
             os.close(fd)
         self._requests.detach()
 
