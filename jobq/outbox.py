@@ -24,7 +24,9 @@ from jobq.wire import Answer, Block, Codec, Counted, Failure, Output, Totals
 #: How often the flusher looks, in seconds: no sooner than a chunk is to be through, which then is one answer.
 TICK_SECONDS = 0.005
 #: After so many looks in vain it looks seldom, and between orders not at all.
-IDLE_TICKS = 20
+IDLE_TICKS = 5
+#: Of these, so many are left when it is woken: between short orders it is woken again and again.
+FIRST_LOOKS = 3
 #: How often "seldom" is, in seconds: what is done waits no longer, and a long job is hardly disturbed.
 LOOK_SECONDS = 0.05
 
@@ -194,20 +196,28 @@ os.register_at_fork(after_in_child=_renew_all)
 
 class Flusher:
     """
-    A thread that calls *flush* every few milliseconds while something comes of it, else now and then.
+    A thread that looks every few milliseconds while something comes of it, else now and then.
 
-    While *busy* an order is in hand: a job of it may end and a long one begin, and nobody tells us.
+    *look* returns whether it sent anything; None: jobs go on ending, so what is done waits for their chunk's
+    end, unless the next look sees that they don't. While *busy* an order is in hand: a job of it may end and
+    a long one begin, and nobody tells us.
     """
 
-    def __init__(self, flush: Callable[[], bool], busy: Callable[[], bool]) -> None:
-        self._flush = flush
+    def __init__(self, look: Callable[[], bool | None], busy: Callable[[], bool]) -> None:
+        self._look = look
         self._busy = busy
         self._armed = threading.Event()
+        self._asleep = True
         self._thread: threading.Thread | None = None
         self._ended = False
 
+    def watch(self) -> None:
+        """Look now and then as long as there are orders (cheap: called for each)."""
+        if self._asleep:
+            self.arm()
+
     def arm(self) -> None:
-        """Look soon (cheap: called for every order)."""
+        """Look soon (cheap: called for what a producer gives)."""
         if self._armed.is_set():
             return
         self._armed.set()
@@ -218,20 +228,30 @@ class Flusher:
 
     def _loop(self) -> None:
         idle = 0
+        self._asleep = False
         while not self._ended:
             if idle <= IDLE_TICKS:
                 time.sleep(TICK_SECONDS)
             else:
                 # Whoever arms us just before this is in an order, which we then see: it waits for one look.
                 self._armed.clear()
-                if self._armed.wait(LOOK_SECONDS if self._busy() else None):
-                    idle = 0
-            idle = 0 if self._flush() else idle + 1
+                self._asleep = True  # before we look who is busy: whoever is so later sees it
+                busy = self._busy()
+                self._asleep = not busy
+                if self._armed.wait(LOOK_SECONDS if busy else None):
+                    idle = IDLE_TICKS - FIRST_LOOKS
+                self._asleep = False
+            sent = self._look()
+            if sent is None:
+                time.sleep(TICK_SECONDS)
+                sent = self._look()
+            idle = 0 if sent else idle + 1
 
     def renew(self) -> None:
         """Have nothing to do any more: the thread is not there."""
         self._armed = threading.Event()
         self._armed.set()
+        self._asleep = False
         self._thread = None
 
     def close(self) -> None:
@@ -246,9 +266,12 @@ class Outbox:
     """
     Sends what is finished of the order in hand.
 
-    ``flusher`` is None where there is no second thread. ``tally.outcomes`` holds one entry per finished
-    job, in order: DONE, FILTERED, FAILED, or what it gave (one piece, or a list of pieces where a job gives
-    many). The working thread appends, which is atomic; whoever flushes holds ``_lock``.
+    Who is *patient* sends it at the order's end, or when no job ends any more for a few milliseconds: an
+    answer costs as much as a hundred small jobs. ``flusher`` is None where there is no second thread.
+
+    ``tally.outcomes`` holds one entry per finished job, in order: DONE, FILTERED, FAILED, or what it gave (one
+    piece, or a list of pieces where a job gives many). The working thread appends, which is atomic; whoever
+    flushes holds ``_lock``.
     """
 
     def __init__(
@@ -261,6 +284,7 @@ class Outbox:
         flusher: bool,
         refuse: Callable[[int, BaseException, Any], Failure],
         retirement: Retirement | None = None,
+        patient: bool = False,
     ) -> None:
         self._send = send
         self._refuse = refuse
@@ -271,6 +295,8 @@ class Outbox:
         self._counters = Counters(emitted=[0] * routes)
         self.tally: Tally | None = None
         self.claims: Claims | None = None
+        self._patient = patient
+        self._seen = (-1, 0)  # the order, and how many of its jobs had ended at the last look
         self.flusher = Flusher(self._look, lambda: self.tally is not None) if flusher else None
         survive_forks(self)
 
@@ -286,13 +312,21 @@ class Outbox:
         """Start the tally of an order; with *alone* nothing can wait behind anything in it."""
         tally = self.tally = Tally(number, time.monotonic())
         if self.flusher is not None and not alone:
-            self.flusher.arm()
+            if self._patient:
+                self.flusher.watch()
+            else:
+                self.flusher.arm()
         return tally
 
-    def _look(self) -> bool:
-        """Send what is finished and give back what is claimed and waits; return whether anything was sent."""
+    def _look(self) -> bool | None:
+        """Send what is finished and give back what is claimed and waits; return what a `Flusher` asks."""
         if self.claims is not None:
             self.claims.narrow()
+        tally = self.tally
+        if self._patient and tally is not None and not tally.notes:
+            before, self._seen = self._seen, (tally.number, len(tally.outcomes))
+            if self._seen != before and len(tally.outcomes) > tally.sent:
+                return None
         return self.flush()
 
     def flush(self, *, final: bool = False, ended: bool = False) -> bool:

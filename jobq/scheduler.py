@@ -36,7 +36,7 @@ Ranges = list[tuple[int, int]]
 #: Never more jobs in a chunk, whatever their size: waking an idle core takes as long as a thousand tiny jobs.
 CHUNK_JOBS = 4096
 #: A chunk should take about so many seconds: long beside its transport, short beside a person.
-CHUNK_SECONDS = 0.005
+CHUNK_SECONDS = 0.02
 #: Jobs that take less in all aren't worth sharing out where a part of their block carries all its bytes.
 SHARE_SECONDS = 0.0003
 
@@ -543,7 +543,7 @@ class Scheduler:
         for taker in line.ahead:
             nbytes = min(nbytes, taker.room_bytes)
             wanted = min(wanted, taker.target)
-        if room <= 0 or (grants and room < min(wanted, CHUNK_JOBS)):
+        if room <= 0 or (grants and room < min(wanted, CHUNK_JOBS)) or _can_wait(line, room):
             return None
         # Two grants for each rival: one that is being used and one that follows it without a pause.
         count = max(1, min(room, max(wanted, room // (2 * max(1, rivals)))))
@@ -1084,3 +1084,17 @@ def _before(lines: dict[str, Line]) -> dict[str, set[str]]:
             front = {further for one in front for further in sources[one]} - seen
         before[name] = seen
     return before
+
+
+def _can_wait(producer: Line, room: int) -> bool:
+    """
+    Whether all who take a producer's items have enough to do, and *room* for little more.
+
+    Each grant costs two wake-ups, whatever its length. A queue size that the user chose is used to the full.
+    """
+    return bool(producer.ahead) and all(
+        not taker.size_is_given
+        and room < taker.queue_size // 4
+        and taker.ready >= 2 * taker.lanes * max(taker.target, taker.batch or 1)
+        for taker in producer.ahead
+    )

@@ -537,6 +537,7 @@ class Serial:
             flusher=recipe.flusher,
             refuse=self._refuse,
             retirement=self._retirement,
+            patient=True,
         )
         self._caller = Caller(recipe, port, lambda: self._outbox.tally)
         self._awaiter = Awaiter()

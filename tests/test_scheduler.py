@@ -338,6 +338,26 @@ def test_a_fast_stage_s_queue_is_not_larger_than_it_says() -> None:
     assert waiting <= 10
 
 
+def test_a_producer_is_asked_for_more_when_there_is_room_for_a_quarter_or_little_left_to_do() -> None:
+    world = World(declare((end, {})))
+    given = world.give(*range(5000))
+    size = world["c0"].queue_size
+
+    asked = []
+    for _ in range(size // 2):
+        world.answer(world.take(limit=1), busy=1.0)
+        asked.append(world.give(*range(5000)))
+
+    assert given > size * 3 // 4
+    assert max(asked) > size // 10
+    assert len([count for count in asked if count]) <= 5
+
+    world["c0"].target = size  # now all that is queued is less than a chunk for each
+    world.answer(world.take(limit=1))
+
+    assert world.give(*range(5000)) > 0
+
+
 def test_several_producers_share_the_queue() -> None:
     pipeline = Pipeline("fake")
     pipeline.producer(give, name="a")

@@ -772,6 +772,23 @@ def test_what_is_done_leaves_however_long_nothing_was_before(codec: Codec) -> No
         assert done == [0, 1, 2]
 
 
+def test_what_is_done_waits_for_the_chunk_s_end_as_long_as_jobs_go_on_ending(codec: Codec) -> None:
+    looks: list[bool | None] = []
+
+    def work(i: int) -> int:
+        looks.append(bench.work._outbox._look())  # type: ignore[attr-defined]  # as the flusher would
+        if i == 3:
+            looks.append(bench.work._outbox._look())  # type: ignore[attr-defined]
+        return i
+
+    with Bench(work, codec) as bench:
+        answers = bench.do(0, 1, 2, 3, 4)
+
+        assert looks == [False, None, None, None, True, None]
+        assert [settled(answer) for answer in answers] == [[0, 1, 2], [3, 4]]
+        assert bench.given() == [0, 1, 2, 3, 4]
+
+
 # --- resources -----------------------------------------------------------------------------------
 
 
