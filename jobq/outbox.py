@@ -269,7 +269,7 @@ class Outbox:
     Who is *patient* sends it at the order's end, or when no job ends any more for a few milliseconds: an
     answer costs as much as a hundred small jobs. ``flusher`` is None where there is no second thread.
 
-    ``tally.outcomes`` holds one entry per finished job, in order: DONE, FILTERED, FAILED, or what it gave (one
+    ``tally.outcomes`` holds one entry per finished job, in order: DONE, FILTERED, FAILED, or what it gave (a
     piece, or a list of pieces where a job gives many). The working thread appends, which is atomic; whoever
     flushes holds ``_lock``.
     """
