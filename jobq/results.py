@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import errno
+import gc
+import math
 import os
 import select
 import selectors
 import stat
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from jobq.backend import Waitable
-from jobq.wire import Block, PackedObjects, owned
+from jobq.wire import Block, Codec, PackedObjects, PackedRows, PackedScalars, Undecodable, owned
 
 #: Results that may wait for their reader: a bounded edge like any other.
 RESULTS_SIZE = 1000
+#: How often the garbage collector looks, at most, while results are loaded, in seconds.
+LOOK_SECONDS = 1.0
 #: A pipe that is ready for writing takes at least so much without making us wait (POSIX).
 PIPE_BUF = select.PIPE_BUF
 
@@ -66,22 +71,113 @@ class Discard:
 
 
 class Collect:
-    """Results are kept, undecoded, in order of arrival."""
+    """
+    Results are kept in order of arrival: undecoded, until the driver has nothing better to do or is through.
+
+    ``codec`` decodes them; it is known when the backend is made.
+    """
 
     kind: Literal["items", "json", "count"] = "items"
     room = 1 << 40
     waitable: Waitable | None = None
     broken: str | None = None
+    codec: Codec
 
     def __init__(self) -> None:
-        self.blocks: list[Block] = []
+        self.kept: list[Block | list[Any]] = []  # lists are loaded
+        self._next = 0  # the first that may still be loaded ahead of those before it
+        self._seldom = Seldom()
+        self.unloadable: list[Undecodable] = []
 
     def put(self, stage: str, block: Block) -> None:  # noqa: ARG002  # all results are alike
         """Keep it."""
-        self.blocks.append(owned(block))
+        self.kept.append(owned(block))
 
     def flush(self) -> None:
         """Nothing is left to write."""
+
+    @property
+    def behind(self) -> bool:
+        """Whether there are results to be loaded that run nobody's code: the driver's thread may do that."""
+        kept = self.kept
+        while self._next < len(kept):
+            if isinstance(kept[self._next], PackedRows | PackedScalars):
+                return True
+            self._next += 1
+        return False
+
+    def catch_up(self) -> None:
+        """Load the next of these."""
+        self._seldom.begin()
+        self.kept[self._next] = self._load(self.kept[self._next])
+        self._next += 1
+        self._seldom.look()
+
+    @property
+    def restless(self) -> bool:
+        """Whether something is to be done when no results come for a while, or at the end: `rest`."""
+        return self._seldom.is_on
+
+    def rest(self) -> None:
+        """Leave everything as it was found. Idempotent."""
+        self._seldom.end()
+
+    def load_all(self) -> list[Any]:
+        """Return all results, in order. For the caller's thread: to load them may run user code."""
+        results: list[Any] = []
+        self._seldom.begin()
+        try:
+            kept = self.kept[::-1]
+            self.kept.clear()
+            while kept:
+                results += self._load(kept.pop())  # so that none of it is in memory twice for long
+        finally:
+            self.rest()
+        return results
+
+    def _load(self, block: Block | list[Any]) -> list[Any]:
+        if isinstance(block, list):
+            return block
+        before = self.codec.undecoded
+        items = self.codec.decode(block)
+        if self.codec.undecoded != before:
+            self.unloadable += [item for item in items if isinstance(item, Undecodable)]
+            items = [item for item in items if not isinstance(item, Undecodable)]
+        return items
+
+
+class Seldom:
+    """
+    Has the garbage collector look seldom, while items are made that all stay.
+
+    By itself it would look at all of them again and again, for nothing: a third of the time of making them.
+    It is off from `begin` to `end`, except that `look` gives it a twentieth of the time.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._look_at = math.inf
+        self.is_on = False
+
+    def begin(self) -> None:
+        """Begin, unless the program has switched the collector off itself. Idempotent."""
+        if not self.is_on and gc.isenabled():
+            gc.disable()
+            self.is_on = True
+            self._look_at = self._now() + LOOK_SECONDS
+
+    def look(self) -> None:
+        """Have it look now, if it is time to."""
+        if self.is_on and (began := self._now()) >= self._look_at:
+            gc.collect()
+            ended = self._now()
+            self._look_at = ended + max(LOOK_SECONDS, 20 * (ended - began))
+
+    def end(self) -> None:
+        """Let it do as it likes again. Idempotent."""
+        if self.is_on:
+            self.is_on = False
+            gc.enable()
 
 
 class Fates(Discard):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib
 import random
 import selectors
@@ -34,7 +33,7 @@ from jobq.report import Report
 from jobq.results import Collect, Sink
 from jobq.scheduler import Scheduler
 from jobq.stage import Shard, describe
-from jobq.wire import Codec, Undecodable
+from jobq.wire import Codec
 from jobq.work import OnError, ResourceUse, RouteUse, StageRecipe
 
 if TYPE_CHECKING:
@@ -115,7 +114,10 @@ class Running:
             stages=counts,
             edges=driver.edges(),
         )
-        unloadable = self._load(report.results) if isinstance(self.sink, Collect) else ()
+        unloadable: tuple[Exception, ...] = ()
+        if isinstance(self.sink, Collect):
+            report.results += self.sink.load_all()
+            unloadable = tuple(map(cannot_be_loaded, self.sink.unloadable))
         return Outcome(
             report,
             signal=stopped,
@@ -125,23 +127,6 @@ class Running:
             exceptions=tuple(self.letters.exceptions()),
             unloadable=unloadable,
         )
-
-    def _load(self, results: list[Any]) -> tuple[Exception, ...]:
-        """Append what the run gave to *results*; return an error for each result that can't be loaded."""
-        assert isinstance(self.sink, Collect)
-        codec = self.backend.codec
-        unloadable: list[Exception] = []
-        with uncollected():
-            blocks = self.sink.blocks[::-1]
-            self.sink.blocks.clear()
-            while blocks:
-                before = codec.undecoded
-                items = codec.decode(blocks.pop())  # so that none of it is in memory twice for long
-                if codec.undecoded != before:
-                    unloadable += [cannot_be_loaded(item) for item in items if isinstance(item, Undecodable)]
-                    items = [item for item in items if not isinstance(item, Undecodable)]
-                results += items
-        return tuple(unloadable)
 
     def climb(self, number: int) -> bool:
         """
@@ -165,22 +150,6 @@ class Running:
                 yield
         finally:
             self.attended = before
-
-
-@contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """
-    Keep the garbage collector from looking at what is being made inside the ``with``, all of which stays.
-
-    While a list grows by fresh containers it looks at all of them again and again, for nothing.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def prepare(
@@ -275,7 +244,8 @@ def prepare(
         watchers = Watchers(list(observers))
         forms = {node.stage.name: JsonForm(node.signature.item_type) for node in graph.consumers()}
         letters = Letters(run_id, name, target, forms)
-
+        if isinstance(sink, Collect):
+            sink.codec = backend.codec
         driver = Driver(
             Scheduler(graph, sizes, lanes, machine.chance),
             backend,
@@ -293,6 +263,7 @@ def prepare(
             clock=machine.clock,
             selector=machine.selector,
             automatic=automatic,
+            leisure=sink if isinstance(sink, Collect) else None,
         )
         driver.scheduler.fed = make_inlet is not None
     except BaseException:

@@ -42,8 +42,8 @@ SMALL_BYTES = 16 * 1024
 
 #: A chunk has no more bytes, unless a single item has: past 64 KiB it falls out of the caches.
 CHUNK_BYTES = 64 * 1024
-#: In the arena there may be so many times more: 4 MiB of items that need only be copied out.
-PLACED_WEIGHT = 64
+#: In the arena there may be so many times more: 16 MiB of items that need only be copied out.
+PLACED_WEIGHT = 256
 
 #: Large items are looked for where items have so many bytes on average: else one more is of no weight.
 SPARSE_BYTES = 512

@@ -358,7 +358,7 @@ class Ledger:
     def _wrong_results(self) -> Iterator[str]:
         assert self._running is not None
         sink: Any = self._running.sink
-        came = [tag for block in sink.blocks for tag in block.tags]
+        came = [tag for block in sink.kept for tag in block.tags]
         twice = [tag for tag, times in Counter(came).items() if times > 1]
         if twice:
             yield f"results: {_some(twice)} came more than once"
