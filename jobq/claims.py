@@ -1,5 +1,5 @@
 """
-Jobs that take less than a microsecond, claimed by the dozen, so that one C loop can do them.
+Jobs that take less than a microsecond, claimed by the hundred, so that one C loop can do them.
 
 The page then shows where the claim begins and ends, which says of a job in between only that it may have
 begun. Should one of them take long after all, the flusher gives back what has not begun: so nothing waits
@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 from jobq.backend import CLAIMED, IDLE, LANES, Page
 
-#: Jobs in a claim: what the page costs is then a tenth of the cheapest job.
-CLAIM_JOBS = 64
+#: Jobs in a claim: what the page costs is then a fiftieth of the cheapest job.
+CLAIM_JOBS = 256
 #: Jobs that take longer, in seconds, are begun one by one: the page costs 50 ns a job.
 QUICK_SECONDS = 1e-6
 
