@@ -36,7 +36,7 @@ def main(backend: str = "joinable") -> None:
             now = run.stats()["eat"]
             assert now.received == now.done + now.queued + now.in_flight, now
             most = max(most, now.queued + now.in_flight)
-        print(f"at most {most} buns: ten that wait, one in hand")
+        print("never more than 11 buns: ten that wait, one in hand" if most <= 11 else f"{most} buns at once")
         run.join()
         end = run.stats()["eat"]
         print(f"{end.received} cooked, {end.done} eaten, {end.queued} waiting")

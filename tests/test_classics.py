@@ -91,7 +91,7 @@ def test_no_more_than_ten_wait_and_the_numbers_add_up_at_every_look(backend: str
 
     assert printed == [
         "bun 0 eaten",
-        "at most 11 buns: ten that wait, one in hand",
+        "never more than 11 buns: ten that wait, one in hand",
         "51 cooked, 51 eaten, 0 waiting",
     ]
 
