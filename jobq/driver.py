@@ -765,8 +765,8 @@ class Driver:
             if not share:
                 return
             self._send(line, member, min(target, share))
-        if self._ahead == 1:
-            return
+        if self._ahead == 1 or self._failure_limit is not None:
+            return  # where failures are counted, each is to be heard of before another job begins
         # A second chunk lets a worker go on without a pause, but must not be a crumb.
         if line.ready < max(1, target // 2) and not (line.ready and self.scheduler.upstream_quiet(line)):
             return

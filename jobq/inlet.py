@@ -37,8 +37,8 @@ class Inlet:
         self.entries = tuple(entries)
         self.open = True
         self.wake: Callable[[], None] = lambda: None
-        #: What to do while `put` has to wait: None waits for another thread to drive.
-        self.pump: Callable[[], object] | None = None
+        #: What to do until something holds, while `put` has to wait: None waits for another thread to drive.
+        self.pump: Callable[[Callable[[], bool]], object] | None = None
         self._codec = codec
         self._settled = settled
         self._coming: deque[Entry] = deque()
@@ -58,14 +58,17 @@ class Inlet:
         names = [name for name, _ in entry.takers]
         while not self._accept(entry, names):
             if self.pump is not None:
-                self.pump()
+                self.pump(lambda: self._has_room(names) or not self.open)
+
+    def _has_room(self, names: Sequence[str]) -> bool:
+        return all(self._room[name] > 0 and self._room_bytes[name] > 0 for name in names)
 
     def _accept(self, entry: Entry, names: Sequence[str]) -> bool:
         """Take *entry* if there is room for it, else wait for a change if another thread drives."""
         with self._changed:
             if not self.open:
                 raise JobqError("this run takes no more items: it has ended, or is being stopped")
-            if not all(self._room[name] > 0 and self._room_bytes[name] > 0 for name in names):
+            if not self._has_room(names):
                 self._asked = True
                 self.wake()
                 if self.pump is None:

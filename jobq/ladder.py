@@ -7,11 +7,14 @@ So there is one handler for all, set by the first and put back by the last.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from types import FrameType, TracebackType
+from types import CodeType, FrameType, TracebackType
 from typing import Any, Self
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -108,3 +111,29 @@ def waking(descriptor: int) -> Iterator[None]:
         yield
     finally:
         signal.set_wakeup_fd(before)
+
+
+def interrupt_later() -> None:
+    """
+    Do to the main thread what Ctrl-C does, once it has left our caller and the finalizer that called it.
+
+    An exception that is raised in a finalizer is lost.
+    """
+    callers = {sys._getframe(1).f_code, sys._getframe(2).f_code}
+    if threading.current_thread() is threading.main_thread():
+        threading.Thread(target=_interrupt, args=(callers,), name="jobq-interrupt", daemon=True).start()
+
+
+def _interrupt(after: set[CodeType]) -> None:
+    main = threading.main_thread().ident
+    while main is not None and _is_in(sys._current_frames().get(main), after):
+        time.sleep(0.001)
+    _thread.interrupt_main()
+
+
+def _is_in(frame: FrameType | None, codes: set[CodeType]) -> bool:
+    while frame is not None:
+        if frame.f_code in codes:
+            return True
+        frame = frame.f_back
+    return False

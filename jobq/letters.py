@@ -167,11 +167,10 @@ def rebuild(failure: Failure, stage: str, part: Part | None) -> Exception:
     return error
 
 
-def cannot_be_loaded(item: Undecodable) -> PayloadError:
-    """Return the error for a result that was made, but can't be loaded here."""
-    error = PayloadError(
-        f"a result could not be loaded: {type(item.error).__name__}: {safe_text(item.error)}"
-    )
+def cannot_be_loaded(item: Undecodable, stage: str = "") -> PayloadError:
+    """Return the error for a result, of *stage* if that is known, that was made and can't be loaded here."""
+    what = f"a result of {stage}()" if stage else "a result"
+    error = PayloadError(f"{what} could not be loaded: {type(item.error).__name__}: {safe_text(item.error)}")
     error.__cause__ = item.error
     return error
 

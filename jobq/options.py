@@ -63,3 +63,9 @@ def read_run_options(given: dict[str, Any]) -> RunOptions:
                 for problem in error.errors()
             )
         ) from None
+
+
+def dead_letter_path(template: Path, *, pipeline: str, run: str) -> Path:
+    """Return *template* as a full path, with ``{pipeline}`` and ``{run}`` in its name filled in."""
+    safe = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in pipeline)
+    return template.with_name(template.name.replace("{pipeline}", safe).replace("{run}", run)).absolute()

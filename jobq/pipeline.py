@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from jobq.errors import JobsFailed, JobsLost, PipelineError, RunFailed
+from jobq.files import check_files
 from jobq.graph import Graph, build_graph, find_by_name_problems
 from jobq.ladder import Ladder
+from jobq.letters import EXCEPTIONS_KEPT
 from jobq.load import refuse_while_loading
 from jobq.options import NOT_YET, RunOptions, read_run_options
 from jobq.outcome import Outcome
@@ -208,6 +210,8 @@ class Pipeline:
         run. ``.report`` holds the report when it is over.
         """
         options, parameters = self._read(given)
+        _refuse(options, "stream", ("collect", "output"), "its results come in the loop")
+        self._check_files(options)
         return ResultStream(
             lambda sink, observers: self._prepare(options, parameters, sink, observers),
             _observing(options),
@@ -222,11 +226,8 @@ class Pipeline:
         an exception stops the run. Raises `PipelineError` before anything starts.
         """
         options, parameters = self._read(given)
-        for name in ("collect", "output", "input"):
-            if getattr(options, name):
-                raise PipelineError(
-                    f"open() has no use for {name}=: its results are the futures' of submit()."
-                )
+        _refuse(options, "open", ("collect", "output", "input"), "its results are the futures' of submit()")
+        self._check_files(options)
         cleanup = contextlib.ExitStack()
         observers = cleanup.enter_context(_observing(options))
         try:
@@ -261,6 +262,7 @@ class Pipeline:
         dead letters. *source*: what takes the place of the producers. *on_error*: called in the worker with
         what jobs raise (`jobq.work.OnError`).
         """
+        self._check_files(options)
         with _sink(options, output_fd) as sink, Ladder() as ladder:
             running = self._prepare(
                 options, parameters, sink, observers, texts=texts, preload=preload, target=target,
@@ -268,6 +270,8 @@ class Pipeline:
             )  # fmt: skip
             try:
                 ladder.lead(running.climb)
+                if isinstance(sink, JsonLines):
+                    sink.begin()
                 with running.attention():
                     running.driver.run()
                 return running.conclude()
@@ -314,14 +318,22 @@ class Pipeline:
             on_error=on_error,
         )
 
+    def _check_files(self, options: RunOptions) -> None:
+        check_files(options, [*self._stages, *self._resources], self.name)
+
     def _read(self, given: dict[str, Any]) -> tuple[RunOptions, dict[str, Any]]:
         """Return *given* as run options and parameters of the run."""
         named = dict(given)
-        parameters = dict(named.pop("params", {}))
+        params = named.pop("params", {})
+        if not isinstance(params, Mapping) or not all(isinstance(name, str) for name in params):
+            raise PipelineError(f"params= takes a dict of parameters by name, got {params!r}.")
+        parameters = dict(params)
         stated = {**self._defaults}
         for name, value in named.items():
             if name in RunOptions.model_fields:
                 stated[name] = value
+            elif name in parameters:
+                raise PipelineError(f"the parameter {name!r} is given twice: as a keyword and in params=.")
             else:
                 parameters[name] = value
         early = sorted(NOT_YET & named.keys())
@@ -339,7 +351,13 @@ def _parameter_names(declared: Stage | Resource) -> Iterator[str]:
 
 
 def _sources(given: Sources, what: str) -> tuple[str | Function, ...]:
-    sources = (given,) if given is None or isinstance(given, str) or callable(given) else tuple(given)
+    sources: tuple[Any, ...]
+    if isinstance(given, str) or callable(given) or not isinstance(given, Iterable):
+        sources = (given,)
+    else:
+        sources = tuple(given)
+    if not sources:
+        raise PipelineError(f"{what}: source= names no stage; leave it out to take what comes before.")
     for source in sources:
         if source is not None and not isinstance(source, str) and not callable(source):
             raise PipelineError(f"{what}: source= takes stage functions or names, got {source!r}.")
@@ -355,9 +373,17 @@ def _observing(options: RunOptions) -> Iterator[Sequence[Observer]]:
         yield observers
 
 
+def _refuse(options: RunOptions, method: str, names: Iterable[str], why: str) -> None:
+    for name in names:
+        if getattr(options, name):
+            raise PipelineError(f"{method}() has no use for {name}=: {why}.")
+
+
 @contextlib.contextmanager
 def _sink(options: RunOptions, output_fd: int | None) -> Iterator[Sink]:
-    """Give the place where results go; a file is closed at the end."""
+    """Give the place where results go; a file is closed at the end, and emptied when the run begins."""
+    if options.collect and options.output is not None:
+        raise PipelineError("collect=True returns the results, output= writes them: ask for one of the two.")
     if options.collect:
         yield Collect()
     elif options.output is None:
@@ -366,11 +392,11 @@ def _sink(options: RunOptions, output_fd: int | None) -> Iterator[Sink]:
         yield JsonLines(1 if output_fd is None else output_fd)
     else:
         try:
-            fd = os.open(options.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            fd = os.open(options.output, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise PipelineError(f"can't write results to {options.output}: {error.strerror}.") from error
         try:
-            yield JsonLines(fd)
+            yield JsonLines(fd, anew=True)
         finally:
             os.close(fd)
 
@@ -385,13 +411,12 @@ def _raise_or_report(outcome: Outcome, options: RunOptions) -> Report:
         raise PipelineError(outcome.gave_up)
     if outcome.gave_up is not None:
         raise RunFailed(outcome.gave_up, report)
-    if options.check and outcome.unloadable:
-        raise outcome.unloadable[0]
     dead = sum(stage.dead for stage in report.stages.values())
     cancelled = sum(stage.cancelled for stage in report.stages.values())
-    if options.check and dead:
+    unloadable = len(outcome.unloadable)
+    if options.check and (dead or unloadable):
         rest = f", {cancelled} cancelled" if cancelled else ""
-        raise JobsFailed(
-            f"pipeline {report.pipeline!r}: {dead} dead letters{rest}", outcome.exceptions, report
-        )
+        rest += f", {unloadable} results that could not be loaded" if unloadable else ""
+        exceptions = (*outcome.exceptions, *outcome.unloadable)[:EXCEPTIONS_KEPT]
+        raise JobsFailed(f"pipeline {report.pipeline!r}: {dead} dead letters{rest}", exceptions, report)
     return report

@@ -85,13 +85,15 @@ class Collect:
 
     def __init__(self) -> None:
         self.kept: list[Block | list[Any]] = []  # lists are loaded
+        self._stages: list[str] = []  # that gave them
         self._next = 0  # the first that may still be loaded ahead of those before it
         self._seldom = Seldom()
-        self.unloadable: list[Undecodable] = []
+        self.unloadable: list[tuple[str, Undecodable]] = []
 
-    def put(self, stage: str, block: Block) -> None:  # noqa: ARG002  # all results are alike
+    def put(self, stage: str, block: Block) -> None:
         """Keep it."""
         self.kept.append(owned(block))
+        self._stages.append(stage)
 
     def flush(self) -> None:
         """Nothing is left to write."""
@@ -109,7 +111,7 @@ class Collect:
     def catch_up(self) -> None:
         """Load the next of these."""
         self._seldom.begin()
-        self.kept[self._next] = self._load(self.kept[self._next])
+        self.kept[self._next] = self._load(self._stages[self._next], self.kept[self._next])
         self._next += 1
         self._seldom.look()
 
@@ -129,19 +131,19 @@ class Collect:
         try:
             kept = self.kept[::-1]
             self.kept.clear()
-            while kept:
-                results += self._load(kept.pop())  # so that none of it is in memory twice for long
+            for stage in self._stages:
+                results += self._load(stage, kept.pop())  # so that none of it is in memory twice for long
         finally:
             self.rest()
         return results
 
-    def _load(self, block: Block | list[Any]) -> list[Any]:
+    def _load(self, stage: str, block: Block | list[Any]) -> list[Any]:
         if isinstance(block, list):
             return block
         before = self.codec.undecoded
         items = self.codec.decode(block)
         if self.codec.undecoded != before:
-            self.unloadable += [item for item in items if isinstance(item, Undecodable)]
+            self.unloadable += [(stage, item) for item in items if isinstance(item, Undecodable)]
             items = [item for item in items if not isinstance(item, Undecodable)]
         return items
 
@@ -190,19 +192,25 @@ class JsonLines:
     """
     Results are written to a descriptor as JSON lines, which the workers made.
 
-    Nothing is written any more once it is ``broken``.
+    *anew*: what is in the file is replaced. Nothing is written any more once it is ``broken``.
     """
 
     kind: Literal["items", "json", "count"] = "json"
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, *, anew: bool = False) -> None:
         self._fd = fd
+        self._anew = anew
         self._regular = stat.S_ISREG(os.fstat(fd).st_mode)
         self._pending: deque[memoryview] = deque()
         self._items: deque[int] = deque()
         self._waiting = 0
         self._waitable = Waitable(fd, selectors.EVENT_WRITE)
         self.broken: str | None = None
+
+    def begin(self) -> None:
+        """Empty a file that is written anew: from here on the run goes its way."""
+        if self._anew and self._regular:
+            os.ftruncate(self._fd, 0)
 
     def put(self, stage: str, block: Block) -> None:  # noqa: ARG002  # all results are alike
         """Write it now as far as the reader takes it, the rest later."""
@@ -263,17 +271,17 @@ class Stream:
     broken: str | None = None
 
     def __init__(self) -> None:
-        self._blocks: deque[Block] = deque()
+        self._blocks: deque[tuple[str, Block]] = deque()
         self._waiting = 0
         self._changed = threading.Condition()
         self._ended = False
         self._asked = False
         self.wake: Callable[[], None] = lambda: None
 
-    def put(self, stage: str, block: Block) -> None:  # noqa: ARG002  # all results are alike
+    def put(self, stage: str, block: Block) -> None:
         """Hand it over."""
         with self._changed:
-            self._blocks.append(block)
+            self._blocks.append((stage, block))
             self._waiting += block.count
             self._changed.notify()
 
@@ -293,13 +301,13 @@ class Stream:
             self._ended = True
             self._changed.notify()
 
-    def poll(self) -> Block | None:
-        """Return the next block if there is one."""
+    def poll(self) -> tuple[str, Block] | None:
+        """Return the next block, and the stage that gave it, if there is one."""
         with self._changed:
             return self._pop() if self._blocks else None
 
-    def take(self) -> Block | None:
-        """Return the next block, waiting for it; None: no more come."""
+    def take(self) -> tuple[str, Block] | None:
+        """Return the same, waiting for it; None: no more come."""
         with self._changed:
             while not self._blocks:
                 if self._ended:
@@ -307,11 +315,11 @@ class Stream:
                 self._changed.wait()
             return self._pop()
 
-    def _pop(self) -> Block:
-        block = self._blocks.popleft()
+    def _pop(self) -> tuple[str, Block]:
+        stage, block = self._blocks.popleft()
         self._waiting -= block.count
         if self._asked:
             self._asked = False
             if not self._ended:
                 self.wake()
-        return block
+        return stage, block

@@ -29,7 +29,7 @@ from jobq.options import RunOptions, Workers
 from jobq.outcome import Outcome
 from jobq.policy import Uniform
 from jobq.pool import describe_lack
-from jobq.report import Report
+from jobq.report import DeadLetter, Report
 from jobq.results import Collect, Sink
 from jobq.scheduler import Scheduler
 from jobq.stage import Shard, describe
@@ -84,6 +84,7 @@ class Running:
     clock: Clock
     file: events.Observer | None = None
     attended: bool = False  # whoever the main thread works for heeds the stops
+    told: bool = False  # the program has been interrupted by a stop signal
 
     def conclude(self) -> Outcome:
         """Return how the run ended; call it when the driver is through, in the caller's thread."""
@@ -117,7 +118,19 @@ class Running:
         unloadable: tuple[Exception, ...] = ()
         if isinstance(self.sink, Collect):
             report.results += self.sink.load_all()
-            unloadable = tuple(map(cannot_be_loaded, self.sink.unloadable))
+            unloadable = tuple(cannot_be_loaded(item, stage) for stage, item in self.sink.unloadable)
+            report.ok &= not unloadable
+            report.dead += [
+                DeadLetter(
+                    run=self.id,
+                    pipeline=self.name,
+                    stage=stage,
+                    job=None,
+                    error="PayloadError",
+                    message=str(error),
+                )
+                for (stage, _), error in zip(self.sink.unloadable, unloadable, strict=True)
+            ]
         return Outcome(
             report,
             signal=stopped,
@@ -139,7 +152,9 @@ class Running:
             self.driver.heed()
             if self.driver.stops >= STOP:
                 raise Interrupted
-        return not self.attended and self.driver.stops >= KILL
+        interrupts = not self.attended and self.driver.stops >= KILL
+        self.told |= interrupts
+        return interrupts
 
     @contextlib.contextmanager
     def attention(self) -> Iterator[None]:
@@ -218,6 +233,7 @@ def prepare(
             place,
             addressing=source is not None and node.stage is source.stage,
             on_error=on_error,
+            stops_at_failure=options.failure_limit is not None,
         )
         for key, node in graph.nodes.items()
         for index in numbers[key]
@@ -366,6 +382,7 @@ def _recipe(
     *,
     addressing: bool,
     on_error: OnError | None,
+    stops_at_failure: bool,
 ) -> StageRecipe:
     return StageRecipe(
         run_id,
@@ -382,6 +399,7 @@ def _recipe(
         addressing,
         place,
         on_error,
+        stops_at_failure,
     )
 
 

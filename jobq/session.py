@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from jobq.annotations import spell
 from jobq.errors import Interrupted, JobqError, JobsLost, JoinTimeout, PayloadError, RunFailed
 from jobq.inlet import Entry, Inlet, Takers
+from jobq.ladder import Ladder
 from jobq.letters import cannot_be_loaded, rebuild
 from jobq.lineage import Fate
 from jobq.validation import Router, Validator
@@ -206,7 +207,7 @@ class Session:
             self._thread = threading.Thread(target=self._drive, name="jobq-driver", daemon=True)
             self._thread.start()
         else:
-            self._inlet.pump = self._step
+            self._inlet.pump = lambda until: self._step(until=until)
             driver.begin()
 
     def _make_inlet(self, graph: Graph, codec: Any) -> Inlet:
@@ -316,7 +317,16 @@ class Session:
     # ── wait, steer ──────────────────────────────────────────────────────────
 
     def join(self, timeout: float | None = None) -> None:
-        """Return when all that was submitted so far is settled; raises `JoinTimeout` after *timeout* s."""
+        """
+        Return when all that was submitted so far is settled; raises `JoinTimeout` after *timeout* s.
+
+        Meanwhile a stop signal lets what is queued and in flight finish, a second one cancels it: then this
+        raises `KeyboardInterrupt`.
+        """
+        with self._on_a_ladder():
+            self._join(timeout)
+
+    def _join(self, timeout: float | None) -> None:
         with self._changed:
             waited_for = list(self._futures.values())
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -354,15 +364,16 @@ class Session:
         """
         Finish what was submitted, also by callbacks until then; end the workers. Idempotent.
 
-        Raises `RunFailed` if the run gave up.
+        Stop signals are heard as in `join`. Raises `RunFailed` if the run gave up.
         """
-        with contextlib.suppress(JobqError):
-            self.resume()
-        self._let_callbacks_submit()
-        self._inlet.close()
-        with contextlib.suppress(JobqError):
-            self._in_driver(self._no_more_comes)
-        self._finish()
+        with self._on_a_ladder():
+            with contextlib.suppress(JobqError):
+                self.resume()
+            self._let_callbacks_submit()
+            self._inlet.close()
+            with contextlib.suppress(JobqError):
+                self._in_driver(self._no_more_comes)
+            self._finish()
         gave_up = self._running.driver.ending.gave_up
         if gave_up is not None:
             raise RunFailed(gave_up, self.report)
@@ -381,6 +392,31 @@ class Session:
             raise
 
     # ── behind the scenes ────────────────────────────────────────────────────
+
+    @contextlib.contextmanager
+    def _on_a_ladder(self) -> Iterator[None]:
+        """
+        Have the run itself hear stop signals inside the ``with``, and the program only then.
+
+        Where no thread drives, jobs run in this one: there Ctrl-C strikes at once.
+        """
+        if not self.has_thread or self._finished:
+            yield
+            return
+        heard: list[int] = []
+
+        def climb(number: int) -> bool:
+            heard.append(number)
+            with self._changed:
+                if not self._ended:
+                    self._running.driver.request_stop(number)
+            return False
+
+        with Ladder() as ladder:
+            ladder.lead(climb)
+            yield
+        if heard:
+            raise KeyboardInterrupt
 
     def _drive(self) -> None:
         try:
@@ -539,10 +575,10 @@ class Session:
             if not self._ended:
                 self._running.driver.wake()
 
-    def _step(self, deadline: float | None = None) -> None:
-        """Drive one step, where there is no thread that does."""
+    def _step(self, deadline: float | None = None, until: Callable[[], bool] = lambda: False) -> None:
+        """Drive one step, where there is no thread that does; none if others did what *until* waits for."""
         with self._turn.take(self._wake, deadline) as mine:
-            if not mine:
+            if not mine or until():
                 return
             if self._ended:
                 raise JobqError("this run has ended")
@@ -588,7 +624,7 @@ class Session:
             alarm.start()
         try:
             while not claim() and (deadline is None or time.monotonic() < deadline):
-                self._step(deadline)
+                self._step(deadline, claim)
         finally:
             if alarm is not None:
                 alarm.cancel()

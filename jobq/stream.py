@@ -7,7 +7,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jobq.ladder import Ladder
+from jobq.errors import JobqError
+from jobq.ladder import Ladder, interrupt_later
 from jobq.letters import cannot_be_loaded
 from jobq.results import Sink, Stream
 from jobq.wire import Undecodable
@@ -21,7 +22,11 @@ if TYPE_CHECKING:
 
 
 class ResultStream(Iterator[Any]):
-    """The results of a run as they come. A context manager: leaving it stops the run."""
+    """
+    The results of a run as they come. A context manager: leaving it stops the run.
+
+    It has one reader at a time: ``next()`` raises `JobqError` while another thread is in it.
+    """
 
     def __init__(
         self,
@@ -36,16 +41,22 @@ class ResultStream(Iterator[Any]):
         self._running: Running | None = None
         self._thread: threading.Thread | None = None
         self._items: list[Any] = []
+        self._stage = ""  # that gave them
+        self._complete = True  # no result was one that can't be loaded
         self._cleanup = contextlib.ExitStack()
         self._over = False
+        self._reading = threading.Lock()
         self._crashes: list[BaseException] = []
         self.report: Report | None = None
 
     def __iter__(self) -> Iterator[Any]:
         try:
             yield from iter(self._next, _END)
+        except GeneratorExit:
+            self._leave()
+            raise
         finally:
-            self.close()
+            self._stop()
 
     def __next__(self) -> Any:
         item = self._next()
@@ -54,20 +65,30 @@ class ResultStream(Iterator[Any]):
         return item
 
     def _next(self) -> Any:
+        if not self._reading.acquire(blocking=False):
+            raise JobqError("this stream is being read already: a stream has one reader at a time.")
+        try:
+            return self._read()
+        finally:
+            self._reading.release()
+
+    def _read(self) -> Any:
         while not self._items:
             if self._over:
                 return _END
             if self._running is None:
                 self._begin()
-            block = self._take()
-            if block is None:
+            given = self._take()
+            if given is None:
                 self._finish()
                 return _END
             assert self._running is not None
+            self._stage, block = given
             self._items = self._running.backend.codec.decode(block)[::-1]
         item = self._items.pop()
         if isinstance(item, Undecodable):
-            raise cannot_be_loaded(item)
+            self._complete = False
+            raise cannot_be_loaded(item, self._stage)
         return item
 
     def _begin(self) -> None:
@@ -92,15 +113,15 @@ class ResultStream(Iterator[Any]):
             self._cleanup.callback(running.driver.release)
             running.driver.begin()
 
-    def _take(self) -> Block | None:
+    def _take(self) -> tuple[str, Block] | None:
         assert self._running is not None
         with self._running.attention():
             if self._thread is not None:
                 return self._sink.take()
-            while (block := self._sink.poll()) is None:
+            while (given := self._sink.poll()) is None:
                 if self._running.driver.step():
                     return self._sink.poll()
-        return block
+        return given
 
     def _finish(self) -> None:
         """Take the run as ended: set the report, raise what it ended with."""
@@ -119,16 +140,31 @@ class ResultStream(Iterator[Any]):
         if self._crashes:
             raise self._crashes[0]
         outcome = self._running.conclude()
+        outcome.report.ok &= self._complete
         self.report = outcome.report
         return outcome
 
     def close(self) -> None:
-        """Stop the run if it has not ended; jobs in flight and queued are cancelled. Idempotent."""
+        """
+        Stop the run if it has not ended; jobs in flight and queued are cancelled. Idempotent.
+
+        Raises `KeyboardInterrupt` if a signal had told the run to stop: the program has not heard of it yet.
+        """
+        if self._stop():
+            raise KeyboardInterrupt
+
+    def _leave(self) -> None:
+        """Close, in a place where whatever is raised is lost."""
+        if self._stop():
+            interrupt_later()
+
+    def _stop(self) -> bool:
+        """Stop the run if it has not ended; return whether it heard a signal that the program didn't."""
         if self._over:
-            return
+            return False
         self._over = True
         if self._running is None:
-            return
+            return False
         self._items = []
         with self._cleanup:
             self._running.driver.abandon()
@@ -137,16 +173,18 @@ class ResultStream(Iterator[Any]):
                     while not self._running.driver.step():
                         pass
             self._ended()
+        return self._running.driver.ending.signal is not None and not self._running.told
 
     def __enter__(self) -> ResultStream:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._stop() and kind is None:
+            raise KeyboardInterrupt
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):  # the interpreter may be going down
-            self.close()
+            self._leave()
 
 
 def _drive(running: Running, sink: Stream, crashes: list[BaseException]) -> None:

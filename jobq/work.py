@@ -126,7 +126,8 @@ class StageRecipe:
     Everything that a worker of one stage needs to know. Implements `jobq.backend.Recipe`.
 
     ``place`` is the run's address for locks and run-scoped resources. ``addressing``: the stage is jobq's
-    own, and yields `Addressed` and `Unfit` too. ``on_error`` is called in the worker.
+    own, and yields `Addressed` and `Unfit` too. ``on_error`` is called in the worker. ``stops_at_failure``: a
+    job that fails ends its chunk, so that none begins before the driver has heard of it.
     """
 
     run: str
@@ -143,6 +144,7 @@ class StageRecipe:
     addressing: bool = False
     place: str = ""
     on_error: OnError | None = None
+    stops_at_failure: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Leave annotations out of the pickle: many can't be pickled, and the child reads them again."""
@@ -553,11 +555,12 @@ class Serial:
             may_be_charged = recipe.stage.consumer.max_deliveries > 1
             self._outbox.claims = Claims(port.page) if may_be_charged else None
         self._pace = 1.0  # seconds a job took in the last chunk
+        self._stopped = False  # by a failure: the rest of this chunk goes back
 
     def run(self, order: Order) -> None:
         """Do a chunk's jobs and answer it."""
         assert isinstance(order, Chunk)
-        self._chunk = order
+        self._chunk, self._stopped = order, False
         self._caller.prepare()
         tally = self._outbox.begin(order.number, alone=order.count == 1 and not self._recipe.signature.many)
         # Not to be begun: its sockets are another's now, or soon.
@@ -607,7 +610,7 @@ class Serial:
                     outcomes.extend([DONE] * failed)
                 failed = len(outcomes)
                 self._failed(failed, error, items[failed], tally)
-                if self._retirement.why:
+                if self._begins_no_more:
                     claims.end(number + failed)
                     return
             else:
@@ -654,13 +657,19 @@ class Serial:
                     error = cannot_be_pickled(error, self._recipe)
                     given = unset
                 self._failed(page[LANES] - number, error, item, tally)
-                if self._retirement.why:
+                if self._begins_no_more:
                     return
+
+    @property
+    def _begins_no_more(self) -> bool:
+        """Whether the rest of the chunk is to go back."""
+        return self._stopped or bool(self._retirement.why)
 
     def _failed(self, index: int, error: BaseException, item: Any, tally: Tally) -> None:
         self._retirement.note(error.__cause__ if isinstance(error, PayloadError) else error)
         outcome = outcome_of(error)
         if outcome is FAILED:
+            self._stopped = self._recipe.stops_at_failure
             self._tell(index, error)
             tally.failures.append(self._failure(index, error, item, self._retry_on))
         tally.marked = True
@@ -686,7 +695,7 @@ class Serial:
         timeout, retirement = self._recipe.stage.consumer.timeout, self._retirement
         for index, (item, (part, offset)) in enumerate(zip(items, places(chunk), strict=True)):
             began = time.monotonic_ns()
-            if index and (retirement.why or (retirement.watches and retirement.look(began, began))):
+            if index and (self._begins_no_more or (retirement.watches and retirement.look(began, began))):
                 return  # never before the first job: each worker does at least one
             page[LANES + 1] = began  # before the ticket: the driver may take a job for younger, not for older
             page[LANES] = number + index
@@ -695,6 +704,7 @@ class Serial:
             if index in bad:
                 tally.failures.append(refusal(index, bad[index], item))
                 tally.outcomes.append(FAILED)
+                self._stopped = self._recipe.stops_at_failure
                 continue
             try:
                 job = self._caller.job(part, index, offset) if self._caller.wants_job else {}

@@ -25,6 +25,7 @@ LAYERS = (
         "backends",
         "claims",
         "failure",
+        "files",
         "graph",
         "lineage",
         "ordering",

@@ -401,14 +401,31 @@ def test_two_lost_forkers_are_replaced_by_the_driver_where_no_threads_run() -> N
         end_well(made, worker)
 
 
-def test_two_lost_forkers_are_told_where_threads_run() -> None:
-    with bench() as made, busy_threads(1):
+@pytest.mark.parametrize("name", PROCESSES)
+def test_two_lost_forkers_are_replaced_by_a_fork_server_where_threads_run(name: str) -> None:
+    with bench(name) as made, busy_threads(1):
         worker = made.start("echo")
         kill_spare(made)
         kill_keeper(made)
 
-        with pytest.raises(BackendUnavailable, match="start_method='forkserver'"):
-            made.start("echo")
+        others = [made.start("echo") for _ in range(2)]
+
+        for one in (worker, *others):
+            assert ask(made, one, 1) == [1]
+            end_well(made, one)
+
+
+def test_two_lost_forkers_are_told_where_no_fork_server_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    with bench() as made, busy_threads(1):
+        worker = made.start("echo")
+        backend: Any = made.backend
+        monkeypatch.setitem(backend._plan.recipes, "echo", Recipe(lambda *_: None))  # which can't be sent
+        kill_spare(made)
+        kill_keeper(made)
+
+        for _ in range(2):
+            with pytest.raises(BackendUnavailable, match="start_method='forkserver'"):
+                made.start("echo")
         assert ask(made, worker, 1) == [1]
 
 

@@ -36,13 +36,13 @@ from jobq.events import (
     WorkerStarted,
 )
 from jobq.observe import observing
-from jobq.observe.dead_file import DeadLetterFile, dead_letter_path
+from jobq.observe.dead_file import DeadLetterFile
 from jobq.observe.events_log import LogObserver
 from jobq.observe.log import LogSettings, configure, logger, read_log_settings
 from jobq.observe.progress import LiveProgress
 from jobq.observe.summary import duration, number, rate, summary
 from jobq.observe.text import plain, safe_repr, write
-from jobq.options import RunOptions
+from jobq.options import RunOptions, dead_letter_path
 from jobq.report import DeadLetter, EdgeCounts, Report, StageCounts
 
 STARTED = RunStarted("r1", "zoo", "pipe", "fork", ("rows", "parse"))

@@ -1105,6 +1105,187 @@ def test_at_the_last_allowed_failure_the_rest_is_cancelled(backend: str) -> None
     assert not report.ok
 
 
+@pytest.mark.parametrize("wants_job", [False, True])
+def test_no_job_begins_after_the_last_allowed_failure(backend: str, wants_job: bool, notes: Notes) -> None:
+    pipeline = ints(3000)
+    if wants_job:
+
+        @pipeline.consumer
+        def check(i: int, job: Job) -> None:
+            if i >= 500:
+                notes.add(i)
+                raise ValueError(i)
+
+    else:
+
+        @pipeline.consumer(name="check")
+        def quick(i: int) -> None:
+            if i >= 500:
+                notes.add(i)
+                raise ValueError(i)
+
+    report = run(pipeline, backend, max_failures=3)
+
+    assert notes.lines() == ["500", "501", "502"]
+    assert (report.stages["check"].done, report.stages["check"].dead) == (500, 3)
+
+
+def test_a_result_that_can_t_be_loaded_is_told_and_the_run_is_not_fine() -> None:
+    pipeline = ints(3)
+
+    @pipeline.consumer
+    def work(i: int) -> Any:
+        return Unloadable() if i == 1 else i
+
+    report = pipeline.run(backend="pipe", collect=True, check=False)
+
+    assert (report.results, report.ok) == ([0, 2], False)
+    (letter,) = report.dead
+    assert (letter.stage, letter.error) == ("work", "PayloadError")
+    assert "a result of work() could not be loaded: ValueError: invalid literal" in letter.message
+
+    with pytest.raises(JobsFailed, match="1 results that could not be loaded") as caught:
+        pipeline.run(backend="pipe", collect=True)
+    assert [str(error) for error in caught.value.exceptions] == [letter.message]
+    assert caught.value.report.results == [0, 2]
+
+    seen = []
+    stream = pipeline.stream(backend="pipe", check=False)
+    with pytest.raises(PayloadError, match=r"a result of work\(\) could not be loaded"):
+        while True:
+            seen.append(next(stream))
+    seen += list(stream)
+    assert sorted(seen) == [0, 2]
+    assert stream.report is not None
+    assert not stream.report.ok
+
+
+# --- files -----------------------------------------------------------------------------------------
+
+
+def kept(tmp_path: Path, name: str, text: str = "1\n2\n") -> Path:
+    path = tmp_path / name
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("written", ["output", "dead_letters"])
+def test_a_run_does_not_write_over_what_it_reads(written: str, tmp_path: Path) -> None:
+    given = kept(tmp_path, "in.jsonl")
+    pipeline = ints(1)
+
+    @pipeline.consumer
+    def work(i: int) -> int:
+        return i
+
+    for path in (given, tmp_path / "." / "in.jsonl"):
+        with pytest.raises(PipelineError, match="which is the run's input: name another file"):
+            pipeline.run(input=given, **{written: path})
+    with pytest.raises(PipelineError, match=r"which is where work\(\) is defined"):
+        pipeline.run(**{written: Path(__file__)})
+    with pytest.raises(PipelineError, match="can't both go to"):
+        pipeline.run(output=tmp_path / "out", dead_letters=tmp_path / "out")
+
+    assert given.read_text() == "1\n2\n"
+
+
+@pytest.mark.parametrize(
+    ("how", "written"),
+    [("run", "output"), ("run", "dead_letters"), ("stream", "dead_letters"), ("open", "dead_letters")],
+)
+def test_what_can_t_be_written_is_said_before_anything_starts(
+    how: str, written: str, notes: Notes, tmp_path: Path
+) -> None:
+    pipeline = ints(1)
+
+    @pipeline.consumer
+    def work(i: int) -> int:
+        notes.add(i)
+        return i
+
+    words = {"output": "results", "dead_letters": "dead letters"}[written]
+    for place, why in ((tmp_path / "no" / "where", "there is no folder"), (tmp_path, "it is a folder")):
+        with pytest.raises(PipelineError, match=f"can't write {words} to .*: {why}"):
+            getattr(pipeline, how)(**{written: place})
+    assert notes.lines() == []
+
+
+def test_a_wrong_definition_leaves_the_last_output_alone(tmp_path: Path) -> None:
+    output = kept(tmp_path, "out.jsonl")
+    pipeline = ints(1)
+
+    @pipeline.consumer
+    def work(i: str) -> str:
+        return i
+
+    with pytest.raises(PipelineError):
+        pipeline.run(output=output)
+
+    assert output.read_text() == "1\n2\n"
+
+
+def test_output_is_written_anew(tmp_path: Path) -> None:
+    output = kept(tmp_path, "out.jsonl", "much that was there before\n" * 10)
+    pipeline = ints(2)
+
+    @pipeline.consumer
+    def work(i: int) -> int:
+        return i
+
+    pipeline.run(output=output)
+
+    assert sorted(output.read_text().split()) == ["0", "1"]
+
+
+def test_results_are_either_returned_or_written(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match="ask for one of the two"):
+        ints(1).run(collect=True, output=tmp_path / "out.jsonl")
+    for option in ({"collect": True}, {"output": tmp_path / "out.jsonl"}):
+        with pytest.raises(PipelineError, match=r"stream\(\) has no use for"):
+            ints(1).stream(**option)
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"params": 3}, "params= takes a dict of parameters by name, got 3"),
+        ({"params": {3: 1}}, "params= takes a dict of parameters by name"),
+        ({"params": {"n": 1}, "n": 2}, "the parameter 'n' is given twice"),
+    ],
+)
+def test_parameters_that_make_no_sense_are_said(given: dict[str, Any], problem: str) -> None:
+    with pytest.raises(PipelineError, match=problem):
+        ints(1).run(**given)
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [(3, "source= takes stage functions or names, got 3"), ([], "source= names no stage")],
+)
+def test_a_source_that_makes_no_sense_is_said(source: Any, problem: str) -> None:
+    with pytest.raises(PipelineError, match=problem):
+
+        @ints(1).consumer(source=source)
+        def work(i: int) -> None: ...
+
+
+# --- several readers -------------------------------------------------------------------------------
+
+
+def test_a_stream_has_one_reader_at_a_time(backend: str) -> None:
+    pipeline = ints(1)
+
+    with pipeline.stream(backend=backend) as stream:
+        reading = stream._reading
+        assert reading.acquire(blocking=False)  # as another thread's next() does
+        try:
+            with pytest.raises(JobqError, match="is being read already"):
+                next(stream)
+        finally:
+            reading.release()
+        assert list(stream) == [0]
+
+
 def test_the_end_at_max_failures_says_so_and_names_what_was_cancelled(backend: str) -> None:
     pipeline = ints(100)
 

@@ -1217,13 +1217,17 @@ def test_a_run_that_gives_up_says_why(backend: str) -> None:
 
 INTERRUPTED = """
 import os, sys, time
-from jobq import Pipeline
+from jobq import Job, Pipeline
 p = Pipeline("t")
 
 @p.consumer
-def work(i: int) -> int:
+def work(i: int, job: Job) -> int:
     os.write(1, b"begun\\n")
-    time.sleep(50)
+    while not job.stopping:
+        time.sleep(0.01)
+    os.write(1, b"told\\n")
+    if sys.argv[3] == "deaf":
+        time.sleep(50)
     return i
 
 try:
@@ -1239,20 +1243,64 @@ except KeyboardInterrupt:
 """
 
 
-@pytest.mark.parametrize("where", ["result", "join", "end"])
-def test_ctrl_c_stops_the_run_wherever_the_program_waits(backend: str, where: str, tmp_path: Path) -> None:
-    script = tmp_path / "interrupted.py"
+def interrupt(backend: str, where: str, job: str, folder: Path, *numbers: signal.Signals) -> bytes:
+    """Send *numbers*, each when the one before was heard, to a program that waits; return what it says."""
+    script = folder / "interrupted.py"
     script.write_text(INTERRUPTED)
-    with subprocess.Popen(
-        [sys.executable, str(script), backend, where], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as program:
+    command = [sys.executable, str(script), backend, where, job]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as program:
         assert program.stdout is not None
         assert program.stdout.readline() == b"begun\n"
-
-        program.send_signal(signal.SIGINT)
+        for heard, number in enumerate(numbers):
+            assert not heard or program.stdout.readline() == b"told\n"
+            program.send_signal(number)
         out, errors = program.communicate(timeout=PATIENCE)
+    assert (errors, program.returncode) == (b"", 0)
+    return out
 
-    assert (out, errors, program.returncode) == (b"interrupted 1 0 0 True\n", b"", 0)
+
+@pytest.mark.parametrize("where", ["join", "end"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_while_the_program_waits_for_the_run_lets_its_jobs_finish(
+    aside: str, where: str, number: signal.Signals, tmp_path: Path
+) -> None:
+    out = interrupt(aside, where, "heeds", tmp_path, number)
+
+    assert out == b"told\ninterrupted 0 1 0 False\n"
+
+
+@pytest.mark.parametrize("where", ["join", "end"])
+def test_the_second_stops_them(aside: str, where: str, tmp_path: Path) -> None:
+    out = interrupt(aside, where, "deaf", tmp_path, signal.SIGINT, signal.SIGINT)
+
+    assert out == b"interrupted 1 0 0 True\n"
+
+
+def test_ctrl_c_while_the_program_waits_for_a_result_is_the_program_s_own(
+    backend: str, tmp_path: Path
+) -> None:
+    out = interrupt(backend, "result", "deaf", tmp_path, signal.SIGINT)
+
+    assert out.splitlines()[-1] == b"interrupted 1 0 0 True"
+
+
+@pytest.mark.parametrize("where", ["join", "end"])
+def test_where_jobs_run_in_the_program_s_thread_ctrl_c_strikes_at_once(where: str, tmp_path: Path) -> None:
+    assert interrupt("inline", where, "deaf", tmp_path, signal.SIGINT) == b"interrupted 1 0 0 True\n"
+
+
+@pytest.mark.parametrize("size", [1, 1000])
+def test_many_threads_submit_and_wait(backend: str, size: int) -> None:
+    pipeline = Pipeline("test")
+
+    @pipeline.consumer(queue_size=size)
+    def work(i: int) -> int:
+        return 2 * i
+
+    with pipeline.open(backend=backend) as run, concurrent.futures.ThreadPoolExecutor(8) as threads:
+        doubled = list(threads.map(lambda i: run.submit(i).result(PATIENCE), range(200)))
+
+    assert doubled == [2 * i for i in range(200)]
 
 
 # --- map -----------------------------------------------------------------------------------------

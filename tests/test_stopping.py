@@ -626,6 +626,47 @@ def test_each_stream_in_progress_hears_ctrl_c(backend: str) -> None:
                     pass
 
 
+LEFT = """
+import signal, sys, time
+from collections.abc import Iterator
+from jobq import Pipeline
+
+pipeline = Pipeline("left")
+
+@pipeline.producer
+def numbers() -> Iterator[int]:
+    yield from range(1000)
+
+def read(stream):
+    for number in stream:
+        if number == 5:
+            signal.raise_signal(getattr(signal, sys.argv[2]))
+            break
+
+try:
+    stream = pipeline.stream(backend=sys.argv[1])
+    if sys.argv[3] == "with":
+        with stream:
+            read(stream)
+    else:
+        read(stream)
+    while True:
+        time.sleep(0.01)  # as any program that goes on
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("how", ["with", "for"])
+def test_a_signal_is_not_lost_when_the_loop_is_left(backend: str, name: str, how: str) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", LEFT, backend, name, how], capture_output=True, timeout=PATIENCE, check=False
+    )
+
+    assert (ended.stdout, ended.stderr, ended.returncode) == (b"interrupted\n", b"", 0)
+
+
 @pytest.mark.usefixtures("handlers_back")
 def test_a_stream_that_is_closed_by_another_thread_leaves_ctrl_c_to_the_program(backend: str) -> None:
     stream = endless().stream(backend=backend)

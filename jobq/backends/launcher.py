@@ -78,7 +78,7 @@ class Launcher:
                 raise BackendUnavailable(
                     f"the fork server {child.describe_exit(UNGUARDED)}: it imports the program as a module"
                 ) from error
-            raise OSError(errno.EAGAIN, f"can't start worker {name}: the fork server was lost") from error
+            raise OSError(errno.ECONNRESET, f"can't start worker {name}: the fork server was lost") from error
         return Launched(process, own_child=self._own_children)
 
     def _make_sure_of_room(self) -> None:

@@ -63,6 +63,10 @@ class NurseryLost(Exception):
     """The keeper was killed before it answered (it may have forked); the next start takes another."""
 
 
+class Stranded(BackendUnavailable):
+    """No process is left that could fork, and this one, where threads run, must not."""
+
+
 class Nursery:
     """The driver's end: the keeper that forks workers now, and the one that would take its place."""
 
@@ -95,7 +99,7 @@ class Nursery:
 
         Raises `OSError` if the system has no more processes, memory or descriptors, `NurseryLost` if somebody
         killed the keeper (try again, with a new channel: a worker may hold this one), and
-        `BackendUnavailable` if there can't be another keeper.
+        `Stranded` if there can't be another keeper.
         """
         if self._lost:
             self._replace_keeper()
@@ -143,7 +147,7 @@ class Nursery:
         if spare is not None:
             self._keeper = spare
         elif threads_run():
-            raise BackendUnavailable(
+            raise Stranded(
                 "both processes that fork workers were killed, and forking another is not safe "
                 "while threads run; start_method='forkserver' can't lose them"
             )

@@ -27,7 +27,7 @@ from jobq.backends import child
 from jobq.backends.channel import Incoming, Outgoing, SharedPage, close, make_page_file, readable, widen
 from jobq.backends.launcher import Launcher
 from jobq.backends.memory import OutOfMemory, events_file
-from jobq.backends.nursery import Nursery, NurseryLost, threads_run
+from jobq.backends.nursery import Nursery, NurseryLost, Stranded, threads_run
 from jobq.errors import BackendUnavailable, BrokenChannel, EndOfChannel, SpoiltChannel
 from jobq.wire import MAGIC, PREFIX, Answer, Bye, Codec, Hello, Order, PickleCodec, Said, unpack
 
@@ -361,13 +361,23 @@ class ProcessBackend:
         self._sockets.close()
 
     def _launch(self, name: str, recipe: str, descriptors: list[int], inbox: Inbox) -> Process:
-        if self._nursery is not None:
-            return self._nursery.start(name, recipe, descriptors)
-        assert self._launcher is not None
+        if self._launcher is None:
+            assert self._nursery is not None
+            try:
+                return self._nursery.start(name, recipe, descriptors)
+            except Stranded as stranded:
+                self._launcher = self._fork_server(stranded)
         process = self._launcher.start(name, recipe, descriptors)
         pickled = self._launcher.recipes[recipe]
         inbox.stream.write([PREFIX.pack(MAGIC, 0, len(pickled)), pickled])
         return process
+
+    def _fork_server(self, stranded: Stranded) -> Launcher:
+        """Return what starts processes from now on; raises *stranded* if recipes can't be sent there."""
+        try:
+            return Launcher(self._plan, "forkserver")
+        except BackendUnavailable as error:
+            raise stranded from error
 
     def forget(self) -> None:
         """Close the descriptors only: this is a copy of the driver's process. Idempotent."""

@@ -232,7 +232,7 @@ def _stay_here(given: dict[str, Any]) -> None:
 
 def _keep_apart(file: Path, options: RunOptions) -> None:
     """Refuse to write into the file that is read."""
-    from jobq.observe.dead_file import dead_letter_path
+    from jobq.options import dead_letter_path
 
     for option, path in (("--dead-letters", options.dead_letters), ("--output", options.output)):
         written = None if path is None else dead_letter_path(path, pipeline="", run="")

@@ -151,6 +151,7 @@ def read_options(
         stated.setdefault("log_level", "error" if quiet else "debug")
     options = usual | dict(defaults) | stated
     options["progress"] = options["progress"] and terminal and not quiet
+    options.pop("collect", None)  # nobody here could take them
     return read_run_options(options)
 
 
@@ -207,7 +208,7 @@ def execute(
 
 def _dead_letters(options: RunOptions, report: Report) -> Path | None:
     """Return the file of dead letters, if there is one, as short as it can be from the current folder."""
-    from jobq.observe.dead_file import dead_letter_path
+    from jobq.options import dead_letter_path
 
     assert options.dead_letters is not None  # the command line has a default
     try:

@@ -10,18 +10,13 @@ from pathlib import Path
 from jobq.events import Event, JobDead, RunEnded
 from jobq.observe.log import logger
 from jobq.observe.text import write_all
+from jobq.options import dead_letter_path
 
 #: Where the command line puts dead letters, unless told.
 DEFAULT_NAME = "{pipeline}-{run}.dead.jsonl"
 
 _BEFORE_ITEM = ("run", "pipeline", "target", "stage", "job", "key")
 _AFTER_ITEM = ("item_type", "status", "attempts", "deliveries", "error", "message", "traceback")
-
-
-def dead_letter_path(template: Path, *, pipeline: str, run: str) -> Path:
-    """Return *template* as a full path, with ``{pipeline}`` and ``{run}`` in its name filled in."""
-    safe = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in pipeline)
-    return template.with_name(template.name.replace("{pipeline}", safe).replace("{run}", run)).absolute()
 
 
 class DeadLetterFile:
