@@ -30,6 +30,7 @@ LAYERS = (
         "lineage",
         "ordering",
         "outbox",
+        "pictures",
         "policy",
         "results",
         "retirement",

@@ -391,6 +391,14 @@ def test_check_of_a_broken_file_is_json_too(here: Path) -> None:
     assert "nowhere_at_all" in json.loads(result.stdout)["problems"][0]
 
 
+@pytest.mark.parametrize(("form", "start"), [("dot", 'digraph "zoo" {'), ("svg", "<svg ")])
+def test_a_graph_is_what_other_programs_draw(form: str, start: str) -> None:
+    drawn = jobq("graph", "zoo.py", "--format", form)
+
+    assert drawn.exit_code == 0
+    assert drawn.stdout.startswith(start)
+
+
 def test_a_graph_is_text_or_mermaid() -> None:
     text, mermaid = jobq("graph", "zoo.py"), jobq("graph", "zoo.py", "--format", "mermaid")
 

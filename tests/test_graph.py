@@ -15,8 +15,6 @@ from jobq.graph import (
     Edge,
     Graph,
     Route,
-    as_mermaid,
-    as_text,
     bind,
     build_graph,
     find_by_name_problems,
@@ -594,39 +592,3 @@ def test_a_name_that_stands_for_another_function_is_told(monkeypatch: pytest.Mon
     monkeypatch.setitem(globals(), "fetch", functools.partial(fetch))
 
     assert "not the same object" in find_by_name_problems(graph, "spawn")[0]
-
-
-# ── pictures ─────────────────────────────────────────────────────────────────
-
-
-def picture() -> Graph:
-    return build(P(urls), C(crawl, "urls", "crawl"), C(index), R(db))
-
-
-def test_the_text_shows_stages_types_and_results() -> None:
-    lines = [line.split(" (")[0] if "(" in line else line for line in as_text(picture()).splitlines()]
-
-    assert lines == [
-        "crawl",
-        "urls()",
-        "  Url -> crawl",
-        "crawl()",
-        "  Page -> index",
-        "  Link -> crawl",
-        "index()",
-        "  Row -> results",
-        "db()",
-    ]
-
-
-def test_the_mermaid_chart_has_a_line_for_each_edge() -> None:
-    chart = as_mermaid(picture())
-
-    assert chart.startswith("flowchart TD\n")
-    assert 's0(["urls"])' in chart
-    assert 's1 -->|"Link"| s1' in chart
-    assert 's2 -->|"Row"| results' in chart
-
-
-def test_the_mermaid_chart_shows_several_types_on_one_edge() -> None:
-    assert '-->|"Url | Row"|' in as_mermaid(build(P(urls_and_rows), C(log)))

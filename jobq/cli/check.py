@@ -34,17 +34,22 @@ def check(target: str, as_json: bool) -> None:
 
 @click.command()
 @click.argument("target")
-@click.option("--format", "form", type=click.Choice(["text", "mermaid"]), default="text", show_default=True)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["text", "mermaid", "dot", "svg"]),
+    default="text",
+    show_default=True,
+)
 def graph(target: str, form: str) -> None:
     """Draw how the stages of the pipeline TARGET are connected."""
     from jobq.load import load_target
 
     with explained():
-        from jobq.graph import as_mermaid, as_text
+        from jobq.pictures import FORMS
 
         loaded = load_target(target)
-        draw = as_mermaid if form == "mermaid" else as_text
-        print_out(draw(loaded.pipeline.graph()))
+        print_out(FORMS[form](loaded.pipeline.graph()))
 
 
 def _found(target: str) -> dict[str, Any]:
