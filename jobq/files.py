@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from jobq.errors import PipelineError
-from jobq.options import RunOptions, dead_letter_path
+from jobq.options import DEFAULT_NAME, RunOptions, dead_letter_path
 from jobq.stage import Resource, Stage
 
 STANDARD_STREAM = Path("-")
@@ -18,7 +18,7 @@ def check_files(options: RunOptions, declared: Iterable[Stage | Resource], pipel
     written: dict[str, Path] = {}
     if options.output is not None and options.output != STANDARD_STREAM:
         written["results"] = options.output
-    if options.dead_letters is not None:
+    if options.dead_letters is not None and options.dead_letters != Path(DEFAULT_NAME):  # there may be none
         written["dead letters"] = dead_letter_path(options.dead_letters, pipeline=pipeline, run="")
     if not written:
         return

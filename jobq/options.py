@@ -65,6 +65,10 @@ def read_run_options(given: dict[str, Any]) -> RunOptions:
         ) from None
 
 
+#: Where the command line puts dead letters, unless told.
+DEFAULT_NAME = "{pipeline}-{run}.dead.jsonl"
+
+
 def dead_letter_path(template: Path, *, pipeline: str, run: str) -> Path:
     """Return *template* as a full path, with ``{pipeline}`` and ``{run}`` in its name filled in."""
     safe = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in pipeline)

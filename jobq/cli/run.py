@@ -135,9 +135,8 @@ def read_options(
     given: Mapping[str, Any], defaults: Mapping[str, Any], *, quiet: bool, verbose: bool
 ) -> RunOptions:
     """Return the options of the run: what was given, else the pipeline's defaults, else our own."""
-    from jobq.observe.dead_file import DEFAULT_NAME
     from jobq.observe.log import is_terminal
-    from jobq.options import read_run_options
+    from jobq.options import DEFAULT_NAME, read_run_options
 
     terminal = is_terminal(sys.stderr)
     usual = {

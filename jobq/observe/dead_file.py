@@ -12,9 +12,6 @@ from jobq.observe.log import logger
 from jobq.observe.text import write_all
 from jobq.options import dead_letter_path
 
-#: Where the command line puts dead letters, unless told.
-DEFAULT_NAME = "{pipeline}-{run}.dead.jsonl"
-
 _BEFORE_ITEM = ("run", "pipeline", "target", "stage", "job", "key")
 _AFTER_ITEM = ("item_type", "status", "attempts", "deliveries", "error", "message", "traceback")
 
