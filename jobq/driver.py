@@ -39,6 +39,9 @@ PRODUCER_GRACE_SECONDS = 1.0
 #: How often those who listen hear of the counts, in seconds.
 TICK_SECONDS = 0.1
 
+#: A chunk whose outputs another stage waits for takes no longer than this, in seconds.
+WANTED_SECONDS = 0.005
+
 #: A killed worker is gone at once, unless the kernel holds it: then we don't wait for it.
 KILL_GRACE_SECONDS = 5.0
 
@@ -222,6 +225,10 @@ class Driver:
         self._producers = [pool for pool in self.pools.values() if pool.line.is_producer]
         self._limited = [pool for pool in self.pools.values() if pool.limit is not None]
         self._consumers = [pool for pool in self.pools.values() if not pool.line.is_producer]
+        for pool in self._consumers:
+            pool.feeders = [
+                one for one in self._consumers if any(pool.line in takers for takers in one.line.takers)
+            ]
         self.automatic = frozenset(automatic if backend.own_thread else ())
         self._allotment: Allotment | None = None
         if self.automatic:
@@ -570,8 +577,20 @@ class Driver:
             self._halt()
 
     def _hint(self, line: Line) -> int:
-        """Return how many outputs of *line* its takers like to get together."""
+        """Return how many outputs of *line* its takers like to get together; 1 if one of them starves."""
+        if not line.is_producer and self._is_wanted(line):
+            return 1
         return max((taker.target for takers in line.takers for taker in takers if taker), default=CHUNK_JOBS)
+
+    def _is_wanted(self, line: Line) -> bool:
+        """Whether a stage starves for what *line* gives."""
+        return any(self.pools[taker.name].starves for takers in line.takers for taker in takers if taker)
+
+    def _target(self, line: Line) -> int:
+        """Return how many jobs a chunk should have: fewer where a stage waits for what they give."""
+        if line.service and line.target > 1 and self._is_wanted(line):
+            return max(1, min(line.target, int(WANTED_SECONDS / line.service)))
+        return line.target
 
     def _hint_upstream(self, line: Line) -> None:
         for pool in self.pools.values():
@@ -748,18 +767,32 @@ class Driver:
                 else:
                     self._give_chunks(pool)
             self._rebalance(pool, now)
+            if pool.feeders:
+                self._say_if_it_starves(pool)
         if self.ending.level or (self._ahead == 1 and any(pool.line.flying for pool in self._consumers)):
             return
         for pool in self._producers:
             if pool.line.producing:
                 self._grant(pool)
 
+    def _say_if_it_starves(self, pool: Pool) -> None:
+        """Tell the consumers before a stage not to keep what they have done, while nothing lies before it."""
+        line = pool.line
+        starves = not line.ready and line.flying <= line.lanes
+        if starves != pool.starves:
+            pool.starves = starves
+            for feeder in pool.feeders:
+                hint = self._hint(feeder.line)
+                for member in feeder.members:
+                    if member.ready:
+                        member.worker.page[HINT] = hint
+
     def _give_chunks(self, pool: Pool) -> None:
         """Give chunks to workers that have nothing to do, then the next one to those that are busy."""
         line, lanes = pool.line, pool.line.each
         members = [member for member in pool.members if member.open and not member.recalled]
         free = sorted([member for member in members if member.load < lanes], key=_load)
-        target = max(line.target, lanes)
+        target = max(self._target(line), lanes)
         for place, member in enumerate(free):
             share = math.ceil(line.ready / (len(free) - place))
             if not share:

@@ -266,7 +266,7 @@ class Outbox:
     """
     Sends what is finished of the order in hand.
 
-    Who is *patient* sends it at the order's end, or when no job ends any more for a few milliseconds: an
+    Who is *patient* now sends it at the order's end, or when no job ends any more for a few milliseconds: an
     answer costs as much as a hundred small jobs. ``flusher`` is None where there is no second thread.
 
     ``tally.outcomes`` holds one entry per finished job, in order: DONE, FILTERED, FAILED, or what it gave (a
@@ -284,7 +284,7 @@ class Outbox:
         flusher: bool,
         refuse: Callable[[int, BaseException, Any], Failure],
         retirement: Retirement | None = None,
-        patient: bool = False,
+        patient: Callable[[], bool] = lambda: False,
     ) -> None:
         self._send = send
         self._refuse = refuse
@@ -312,7 +312,7 @@ class Outbox:
         """Start the tally of an order; with *alone* nothing can wait behind anything in it."""
         tally = self.tally = Tally(number, time.monotonic())
         if self.flusher is not None and not alone:
-            if self._patient:
+            if self._patient():
                 self.flusher.watch()
             else:
                 self.flusher.arm()
@@ -323,7 +323,7 @@ class Outbox:
         if self.claims is not None:
             self.claims.narrow()
         tally = self.tally
-        if self._patient and tally is not None and not tally.notes:
+        if self._patient() and tally is not None and not tally.notes:
             before, self._seen = self._seen, (tally.number, len(tally.outcomes))
             if self._seen != before and len(tally.outcomes) > tally.sent:
                 return None

@@ -539,7 +539,7 @@ class Serial:
             flusher=recipe.flusher,
             refuse=self._refuse,
             retirement=self._retirement,
-            patient=True,
+            patient=self._is_patient,
         )
         self._caller = Caller(recipe, port, lambda: self._outbox.tally)
         self._awaiter = Awaiter()
@@ -556,6 +556,10 @@ class Serial:
             self._outbox.claims = Claims(port.page) if may_be_charged else None
         self._pace = 1.0  # seconds a job took in the last chunk
         self._stopped = False  # by a failure: the rest of this chunk goes back
+
+    def _is_patient(self) -> bool:
+        """Whether nobody waits for what was done: where one does, the driver has put the hint down to 1."""
+        return self._page[HINT] > 1
 
     def run(self, order: Order) -> None:
         """Do a chunk's jobs and answer it."""

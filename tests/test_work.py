@@ -782,11 +782,24 @@ def test_what_is_done_waits_for_the_chunk_s_end_as_long_as_jobs_go_on_ending(cod
         return i
 
     with Bench(work, codec) as bench:
+        bench.port.page[HINT] = 100
         answers = bench.do(0, 1, 2, 3, 4)
 
         assert looks == [False, None, None, None, True, None]
         assert [settled(answer) for answer in answers] == [[0, 1, 2], [3, 4]]
         assert bench.given() == [0, 1, 2, 3, 4]
+
+
+def test_what_is_done_waits_for_nobody_where_the_next_stage_starves(codec: Codec) -> None:
+    def work(i: int) -> int:
+        bench.work._outbox._look()  # type: ignore[attr-defined]  # as the flusher would
+        return i
+
+    with Bench(work, codec) as bench:
+        bench.port.page[HINT] = 1
+        answers = bench.do(0, 1, 2)
+
+        assert [settled(answer) for answer in answers] == [[0], [1], [2]]
 
 
 # --- resources -----------------------------------------------------------------------------------
