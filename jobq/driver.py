@@ -906,7 +906,7 @@ class Driver:
             elif now - member.sampled_at >= SLOW_SECONDS:
                 self._take_back(member)
         if line.ready > before:
-            self._checks.pop(name, None)
+            # Another worker may still be idle, and others have jobs to give back: the check stays.
             (self._give_batches(pool, now) if line.batch is not None else self._give_chunks(pool))
 
     def _enforce_limit(self, pool: Pool) -> None:

@@ -8,7 +8,8 @@ from typing import Any, cast
 import pytest
 
 from jobq.backend import CLAIMED, IDLE, LANES, LIMIT, NO_LIMIT, Page, blank_page, page_words, past
-from jobq.pool import Member, Pool
+from jobq.driver import Driver
+from jobq.pool import SLOW_SECONDS, Member, Pool
 
 
 def member_with(*lanes: int) -> Member:
@@ -56,3 +57,52 @@ def test_only_jobs_in_hand_have_an_age() -> None:
     member.worker.page[LANES + 1 :: 2] = [100, 200, 300]
 
     assert member.ages(1000) == [(3, 900)]
+
+
+# --- jobs behind slow ones --------------------------------------------------------------------------
+
+
+class Busy:
+    """A worker with *load* jobs, the first of which takes long."""
+
+    def __init__(self, load: int) -> None:
+        self.load = load
+        self.ready = self.open = self.has_more_to_give_back = True
+        self.recalled = 0
+        self.sample, self.sampled_at = IDLE, 0.0
+
+    def begun(self) -> int:
+        return 0
+
+    def tickets(self) -> list[int]:
+        return [0] if self.load else []
+
+
+def test_the_check_for_slow_jobs_stays_as_long_as_one_has_others_behind_it() -> None:
+    early, late, idle, other = members = [Busy(2), Busy(1), Busy(0), Busy(0)]
+    line: Any = SimpleNamespace(name="work", each=1, ready=0, flying=3, batch=None)
+    pool: Any = SimpleNamespace(line=line, members=members)
+    driver: Any = Driver.__new__(Driver)
+    driver._checks = {}
+    driver.scheduler = SimpleNamespace(startable=lambda _: 1)
+
+    def take_back(member: Busy) -> None:
+        line.ready += member.load - 1
+        member.load = 1
+
+    def give(_: object) -> None:
+        while line.ready:
+            line.ready -= 1
+            min(members, key=lambda member: member.load).load += 1
+
+    driver._take_back, driver._give_chunks = take_back, give
+
+    driver._rebalance(pool, 0.0)  # sees the first job of `early`
+    late.load, line.flying = 2, 4  # which comes just before the first look that finds it slow
+    driver._rebalance(pool, SLOW_SECONDS)
+    assert [member.load for member in members] == [1, 2, 1, 0]
+
+    while driver._checks:  # as the driver does, which sleeps where there is none
+        driver._rebalance(pool, max(driver._checks.values()))
+
+    assert [early.load, late.load, idle.load, other.load] == [1, 1, 1, 1]
