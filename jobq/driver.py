@@ -218,6 +218,7 @@ class Driver:
         self.inlet = inlet
         self.paused = False
         self._checks: dict[str, float] = {}
+        self._gave_at = self._began  # when it was last looked what can be given out
         scheduler.results_room = lambda: sink.room
         self.pools = {
             name: Pool(line, backend, sizes[name], self._started) for name, line in scheduler.lines.items()
@@ -411,7 +412,7 @@ class Driver:
                 if pool.retry_at is not None:
                     due = min(due, pool.retry_at)
                 if giving:
-                    due = min(due, self._gives_at(pool, now))
+                    due = min(due, self._gives_at(pool))
             for at in self._checks.values() if giving else ():
                 due = min(due, at)
             if self._allotment is not None and self._steady and not self._allotment.idle:
@@ -430,7 +431,7 @@ class Driver:
         """Whether the run goes its way: jobs are given out, and nobody has asked it to end."""
         return not (self._closing or self.paused or self.ending.halted or self.ending.level)
 
-    def _gives_at(self, pool: Pool, now: float) -> float:
+    def _gives_at(self, pool: Pool) -> float:
         """Return when there will be something to give out, though nobody says anything until then."""
         line, at = pool.line, math.inf if pool.call_at is None else pool.call_at
         delayed = self.scheduler.next_due(line)
@@ -438,7 +439,8 @@ class Driver:
             at = min(at, delayed)
         if line.batch is not None and line.oldest is not None:
             overdue = line.oldest + line.node.stage.consumer.batch_timeout
-            if overdue > now:  # else it waits for a worker, or for room: whoever brings that wakes us
+            # If it was overdue when we last looked, it waits for a worker, or for room: that will wake us.
+            if overdue > self._gave_at:
                 at = min(at, overdue)
         return at
 
@@ -753,6 +755,7 @@ class Driver:
     # ── work is given out ────────────────────────────────────────────────────
 
     def _dispatch(self, now: float) -> None:
+        self._gave_at = now
         # Last stages first: what they take makes room for those before them.
         for pool in reversed(self._consumers):
             line = pool.line
@@ -833,12 +836,13 @@ class Driver:
             pool.next_call = (pool.next_call if late < LATE_SECONDS else now) + 1 / rate
 
     def _is_ripe(self, line: Line, now: float) -> bool:
-        """Whether a batch is full, or overdue, or the last."""
+        """Whether a batch is full, or overdue, or no more can come: all has ended, or there is no room."""
         timeout = line.node.stage.consumer.batch_timeout
         return bool(
             line.groups
             or line.ready >= (line.batch or 1)
             or (line.oldest is not None and now >= line.oldest + timeout)
+            or (line.ready and line.room_bytes <= 0 and line.promised <= 0)
             or self.scheduler.upstream_quiet(line)
         )
 

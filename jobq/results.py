@@ -20,6 +20,8 @@ from jobq.wire import Block, Codec, PackedObjects, PackedRows, PackedScalars, Un
 
 #: Results that may wait for their reader: a bounded edge like any other.
 RESULTS_SIZE = 1000
+#: And so many bytes of them, as of what waits before a stage.
+RESULTS_BYTES = 64 * 1024 * 1024
 #: How often the garbage collector looks, at most, while results are loaded, in seconds.
 LOOK_SECONDS = 1.0
 #: A pipe that is ready for writing takes at least so much without making us wait (POSIX).
@@ -204,6 +206,7 @@ class JsonLines:
         self._pending: deque[memoryview] = deque()
         self._items: deque[int] = deque()
         self._waiting = 0
+        self._bytes = 0
         self._waitable = Waitable(fd, selectors.EVENT_WRITE)
         self.broken: str | None = None
 
@@ -219,12 +222,13 @@ class JsonLines:
         self._pending.append(memoryview(block.body))
         self._items.append(block.count)
         self._waiting += block.count
+        self._bytes += len(block.body)
         self.flush()
 
     @property
     def room(self) -> int:
         """How many more results are welcome."""
-        return RESULTS_SIZE - self._waiting
+        return RESULTS_SIZE - self._waiting if self._bytes < RESULTS_BYTES else 0
 
     @property
     def waitable(self) -> Waitable | None:
@@ -240,7 +244,9 @@ class JsonLines:
                 # Shared terminals and pipes must not be made non-blocking: small writes can't block.
                 view = self._pending[0]
                 size = len(view) if self._regular else PIPE_BUF
-                rest = view[os.write(self._fd, view[:size]) :]
+                written = os.write(self._fd, view[:size])
+                self._bytes -= written
+                rest = view[written:]
                 if rest:
                     self._pending[0] = rest
                 else:
@@ -250,7 +256,7 @@ class JsonLines:
             self.broken = "" if error.errno == errno.EPIPE else error.strerror or str(error)
             self._pending.clear()
             self._items.clear()
-            self._waiting = 0
+            self._waiting = self._bytes = 0
 
     def _ready(self) -> bool:
         poll = select.poll()
@@ -273,6 +279,7 @@ class Stream:
     def __init__(self) -> None:
         self._blocks: deque[tuple[str, Block]] = deque()
         self._waiting = 0
+        self._bytes = 0
         self._changed = threading.Condition()
         self._ended = False
         self._asked = False
@@ -283,6 +290,7 @@ class Stream:
         with self._changed:
             self._blocks.append((stage, block))
             self._waiting += block.count
+            self._bytes += block.nbytes
             self._changed.notify()
 
     @property
@@ -290,7 +298,7 @@ class Stream:
         """How many more results are welcome."""
         with self._changed:
             self._asked = self._waiting > 0
-            return RESULTS_SIZE - self._waiting
+            return RESULTS_SIZE - self._waiting if self._bytes < RESULTS_BYTES else 0
 
     def flush(self) -> None:
         """Nothing is left to write."""
@@ -318,6 +326,7 @@ class Stream:
     def _pop(self) -> tuple[str, Block]:
         stage, block = self._blocks.popleft()
         self._waiting -= block.count
+        self._bytes -= block.nbytes
         if self._asked:
             self._asked = False
             if not self._ended:

@@ -698,9 +698,14 @@ class Scheduler:
             for output in outputs:
                 self.emit(line, output, None, now)
             return
+        family = self._family(line, flight) if tracked and outputs else None
         for output in outputs:
             parents = output.parent_indices() or array("I", _indices(closed))
-            roots = tuple(self._root(flight, parent) for parent in parents) if tracked else None
+            roots: tuple[int, ...] | None = None
+            if tracked and family is not None:
+                roots = (family,) * len(parents)
+            elif tracked:
+                roots = tuple(self._root(flight, parent) for parent in parents)
             if sequencer is None:
                 self.emit(line, output, roots, now)
                 continue
@@ -716,9 +721,17 @@ class Scheduler:
                 if held is not None:
                     self.lineage.add(held)
                 sequencer.add(flight.job(parents[low]).first, (piece, held))
+        if family is not None:
+            self.lineage.forget(family)
         if sequencer is not None:
             for part in flight.parts(closed):
                 sequencer.settle(part.first, part.block.count)
+
+    def _family(self, line: Line, flight: Flight) -> int | None:
+        """Return what all outputs of a batch descend from; None where each job has outputs of its own."""
+        if line.batch is None:
+            return None
+        return self.lineage.family(root for part in flight.chunk.parts for root in part.roots or ())
 
     @staticmethod
     def _root(flight: Flight, index: int) -> int:

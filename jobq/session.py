@@ -256,7 +256,7 @@ class Session:
     def map(self, items: Iterable[Any]) -> Generator[Any, None, None]:
         """Yield the result of each of *items*, in order; reads ahead of what is asked for, within bounds."""
         ahead: deque[JobFuture | PayloadError] = deque()
-        source = iter(items)
+        source = _Source(items)
 
         def there() -> bool:
             return isinstance(ahead[0], PayloadError) or ahead[0].done()
@@ -269,6 +269,7 @@ class Session:
                     except PayloadError as error:
                         ahead.append(error)  # raised at its turn, like any other
                 if not ahead:
+                    source.end()
                     return
                 head = ahead.popleft()
                 if isinstance(head, PayloadError):
@@ -281,7 +282,7 @@ class Session:
         """Yield the results of *items* as they come; reads ahead as `map` does."""
         done: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
         waiting: set[JobFuture] = set()
-        source = iter(items)
+        source = _Source(items)
         try:
             while True:
                 for item in self._ahead(source, lambda: len(waiting), lambda: not done.empty()):
@@ -289,6 +290,7 @@ class Session:
                     waiting.add(future)
                     future.add_done_callback(done.put)
                 if not waiting:
+                    source.end()
                     return
                 self.drive_until(lambda: not done.empty(), None)
                 future = cast("JobFuture", done.get())
@@ -692,6 +694,30 @@ class Session:
         self._wake()  # whoever drives next looks at what has changed
         self._call_here()
         return answer
+
+
+class _Source(Iterator[Any]):
+    """What a mapping reads ahead: what it raises is kept until all that it gave before has had its turn."""
+
+    def __init__(self, items: Iterable[Any]) -> None:
+        self._items = iter(items)
+        self._error: Exception | None = None
+
+    def __next__(self) -> Any:
+        if self._error is not None:
+            raise StopIteration
+        try:
+            return next(self._items)
+        except StopIteration:
+            raise
+        except Exception as error:  # user code
+            self._error = error
+        raise StopIteration
+
+    def end(self) -> None:
+        """Raise what it raised, if it did."""
+        if self._error is not None:
+            raise self._error
 
 
 class _Turn:

@@ -893,6 +893,7 @@ class Producer:
         self._caller = Caller(recipe, port, lambda: self._outbox.tally)
         self._awaiter = Awaiter()
         self._items: Any = None
+        self._given_by: Any = None
         self._source: Any = None
         self._ended = False
         self._stopped = False
@@ -940,11 +941,11 @@ class Producer:
             source = self._awaiter.run(source)
         self._source = source
         if hasattr(source, "__aiter__"):
-            self._items = self._awaiter.iterate(aiter(source))
+            items = self._awaiter.iterate(aiter(source))
         else:
-            self._items = iter(source if source is not None else ())
-        if self._recipe.signature.nullable or self._by_rows:  # a generator's None is not given on
-            self._items = filter(partial(is_not, None), self._items)
+            items = iter(source if source is not None else ())
+        self._given_by = items
+        self._items = filter(partial(is_not, None), items)  # a generator's None is not given on
 
     def _slices(self, grant: Grant, tally: Tally) -> bool:
         """
@@ -1027,8 +1028,6 @@ class Producer:
             item = next(items, FAILED)  # no user's item is ours
             if item is FAILED:
                 return True
-            if item is None:
-                continue  # a generator's None is not given on
             try:
                 piece = encode(item)
             except BaseException as error:  # user code runs in it: this item's, the producer goes on
@@ -1093,7 +1092,7 @@ class Producer:
     def close(self) -> None:
         """Close the producer (its ``finally`` blocks run), its resources and the rest."""
         try:
-            for generator in (self._items, self._source):
+            for generator in (self._given_by, self._source):
                 close = getattr(generator, "close", None)
                 if close is not None:
                     close()

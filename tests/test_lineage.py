@@ -80,3 +80,30 @@ def test_an_item_is_untouched_until_a_job_of_it_has_ended() -> None:
     lineage.end([1])
     assert lineage.untouched(1) is None
     assert lineage.untouched(5) is None
+
+
+def test_a_family_s_descendants_are_every_member_s() -> None:
+    lineage = entered(7, 8, jobs=1)
+    family = lineage.family((7, 8, 7))
+    lineage.add([family])
+    lineage.forget(family)
+    lineage.end([7, 8])
+
+    assert (len(lineage), lineage.settled) == (2, [])
+    lineage.end([family])
+
+    assert sorted(root for root, _ in lineage.settled) == [7, 8]
+    assert (lineage._families, lineage._members) == ({}, {})
+
+
+def test_a_family_of_one_is_itself_and_families_may_meet() -> None:
+    lineage = entered(7, 8, 9, jobs=1)
+
+    assert lineage.family([7, 7]) == 7
+    pair = lineage.family([7, 8])
+    all_three = lineage.family([pair, 9])
+    assert lineage._each(all_three) == (7, 8, 9)
+
+    lineage.forget(pair)
+    lineage.forget(all_three)
+    assert not lineage._families

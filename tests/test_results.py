@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from jobq import Pipeline
 from jobq.driver import Driver
-from jobq.results import LOOK_SECONDS, Collect, Seldom
+from jobq.results import LOOK_SECONDS, RESULTS_BYTES, RESULTS_SIZE, Collect, JsonLines, Seldom, Stream
 from jobq.shapes import Keys
 from jobq.wire import Block, PackedObjects, PackedRows, PackedScalars, PickleCodec, RowCodec
 
@@ -103,6 +104,34 @@ def test_what_can_t_be_loaded_is_told_apart() -> None:
     assert catch_up(sink) == 2
     assert sink.load_all() == [1, 2]
     assert len(sink.unloadable) == 1
+
+
+def test_results_that_wait_are_bounded_in_bytes_too() -> None:
+    stream = Stream()
+    stream.put("work", objects(1))
+    assert stream.room == RESULTS_SIZE - 1
+
+    stream.put("work", objects(bytes(RESULTS_BYTES)))
+    assert stream.room == 0
+
+    assert [stream.poll() is not None for _ in range(2)] == [True, True]
+    assert stream.room == RESULTS_SIZE
+
+
+def test_lines_that_wait_are_bounded_in_bytes_too() -> None:
+    reader, writer = os.pipe()
+    try:
+        lines = JsonLines(writer)
+        lines.put("work", objects(bytes(RESULTS_BYTES)))
+        assert lines.room < RESULTS_SIZE
+        while lines.waitable is not None:
+            os.read(reader, 1 << 20)
+            lines.flush()
+            assert lines.room in (0, RESULTS_SIZE - 1, RESULTS_SIZE)
+        assert lines.room == RESULTS_SIZE
+    finally:
+        os.close(reader)
+        os.close(writer)
 
 
 def test_the_collector_looks_for_a_twentieth_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:

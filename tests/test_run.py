@@ -1160,6 +1160,38 @@ def test_a_result_that_can_t_be_loaded_is_told_and_the_run_is_not_fine() -> None
     assert not stream.report.ok
 
 
+def test_a_batch_that_its_bytes_keep_from_filling_leaves_at_once(backend: str) -> None:
+    pipeline = Pipeline("test")
+
+    @pipeline.producer
+    def blobs() -> Iterator[bytes]:
+        for _ in range(20):
+            yield bytes(3000)
+
+    @pipeline.consumer(batch=10, batch_timeout=1000, queue_bytes=10_000)
+    def take(items: list[bytes]) -> int:
+        return len(items)
+
+    report = run(pipeline, backend)
+
+    assert sum(report.results) == 20
+
+
+@pytest.mark.parametrize("kind", [int, Any])
+def test_a_producer_s_none_is_not_given_on(backend: str, kind: Any) -> None:
+    pipeline = Pipeline("test")
+
+    def numbers() -> Any:
+        yield 1
+        yield None
+        yield 2
+
+    numbers.__annotations__["return"] = Iterator[kind]
+    pipeline.producer(numbers)
+
+    assert run(pipeline, backend).results == [1, 2]
+
+
 # --- files -----------------------------------------------------------------------------------------
 
 

@@ -519,11 +519,11 @@ def batching(size: int, timeout: float) -> Pipeline:
     return pipeline
 
 
-def test_a_batch_leaves_when_it_is_full_and_its_result_is_its_last_item_s(backend: str) -> None:
+def test_a_batch_leaves_when_it_is_full_and_its_result_is_all_its_items(backend: str) -> None:
     with batching(4, 1000).open(backend=backend) as run:
         futures = [run.submit(i) for i in range(8)]
         run.join(PATIENCE)
-        assert [future.result() for future in futures] == [None, None, None, 4] * 2
+        assert [future.result() for future in futures] == [4] * 8
 
 
 def test_a_batch_that_nobody_fills_leaves_after_its_time(backend: str) -> None:
@@ -537,7 +537,7 @@ def test_the_last_batch_leaves_at_the_end_at_once(backend: str) -> None:
     with batching(100, 1000).open(backend=backend) as run:
         futures = [run.submit(i) for i in range(3)]
 
-    assert [future.result() for future in futures] == [None, None, 3]
+    assert [future.result() for future in futures] == [3] * 3
 
 
 def test_every_item_of_a_dead_batch_has_its_exception(backend: str) -> None:
@@ -1303,6 +1303,43 @@ def test_many_threads_submit_and_wait(backend: str, size: int) -> None:
     assert doubled == [2 * i for i in range(200)]
 
 
+def batches(fails: str = "") -> Pipeline:
+    pipeline = Pipeline("test")
+
+    @pipeline.consumer(batch=3, batch_timeout=0.05)
+    def doubled(numbers: list[int]) -> Iterator[str]:
+        for number in numbers:
+            yield str(2 * number)
+
+    @pipeline.consumer
+    def check(text: str) -> str:
+        if text == fails:
+            raise Plain(text)
+        return text
+
+    return pipeline
+
+
+def test_what_comes_of_a_batch_descends_from_all_its_items(backend: str) -> None:
+    with batches().open(backend=backend) as run:
+        futures = [run.submit(number) for number in range(3)]
+
+        results = [future.result(PATIENCE) for future in futures]
+
+    assert len(set(results)) == 1
+    assert results[0] in {"0", "2", "4"}
+    assert has_balanced(run)
+
+
+def test_a_dead_descendant_of_a_batch_is_every_item_s(backend: str) -> None:
+    with batches(fails="0").open(backend=backend) as run:
+        futures = [run.submit(number) for number in range(3)]
+
+        for future in futures:
+            with pytest.raises(Plain):
+                future.result(PATIENCE)
+
+
 # --- map -----------------------------------------------------------------------------------------
 
 
@@ -1311,6 +1348,22 @@ def test_map_gives_results_in_order(backend: str) -> None:
         assert list(run.map(i for i in range(3000) if i != 13)) == [2 * i for i in range(3000) if i != 13]
 
     assert has_balanced(run)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_what_the_source_of_a_map_raises_comes_after_what_it_gave(backend: str, ordered: bool) -> None:
+    def source() -> Iterator[int]:
+        yield 100
+        yield 101
+        raise Plain("source")
+
+    seen: list[int] = []
+    with doubling().open(backend=backend) as run:
+        results = run.map(source()) if ordered else run.map_unordered(source())
+        with pytest.raises(Plain):
+            seen.extend(results)
+
+    assert sorted(seen) == [200, 202]
 
 
 def test_map_raises_at_the_turn_of_the_item_that_failed(backend: str) -> None:

@@ -237,7 +237,7 @@ def test_a_run_without_an_end_is_found() -> None:
 
 SPINS_BEHIND_BUSY_WORKERS = Bug(
     "an overdue batch that waits for a worker keeps the driver going round",
-    Driver, "_gives_at", "if overdue > now:", "if True:",
+    Driver, "_gives_at", "if overdue > self._gave_at:", "if True:",
 )  # fmt: skip
 SPINS_WHEN_HALTED = Bug(
     "retries that max_failures has cancelled keep the driver going round",
