@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from jobq.claims import Claims
 from jobq.retirement import Retirement
-from jobq.wire import Answer, Block, Codec, Counted, Failure, Output, Totals
+from jobq.wire import Answer, Block, Codec, Counted, Failure, Output, PackedScalars, Totals
 
 #: How often the flusher looks, in seconds: no sooner than a chunk is to be through, which then is one answer.
 TICK_SECONDS = 0.005
@@ -135,6 +135,14 @@ class ManyRoutes:
 def _listed(pieces: Sequence[Any]) -> list[Any]:
     """Return *pieces* as a list: nearly always they are one, of which nobody else knows."""
     return pieces if isinstance(pieces, list) else list(pieces)
+
+
+def _may_hold_none(outputs: Sequence[Output]) -> bool:
+    """Whether there may be a None among scalars; of those that are all of one type it is known."""
+    return not all(
+        isinstance(output.block, PackedScalars) and output.block.only not in ("", "NoneType")
+        for output in outputs
+    )
 
 
 def _packed(parents: Sequence[int] | None) -> bytes | None:
@@ -269,6 +277,9 @@ class Outbox:
     Who is *patient* now sends it at the order's end, or when no job ends any more for a few milliseconds: an
     answer costs as much as a hundred small jobs. ``flusher`` is None where there is no second thread.
 
+    With *drops_none* a None among scalars is not given on: it is looked for when they are packed, where their
+    types are seen anyway, since to look at each item takes as long as a tenth of all else.
+
     ``tally.outcomes`` holds one entry per finished job, in order: DONE, FILTERED, FAILED, or what it gave (a
     piece, or a list of pieces where a job gives many). The working thread appends, which is atomic; whoever
     flushes holds ``_lock``.
@@ -285,8 +296,10 @@ class Outbox:
         refuse: Callable[[int, BaseException, Any], Failure],
         retirement: Retirement | None = None,
         patient: Callable[[], bool] = lambda: False,
+        drops_none: bool = False,
     ) -> None:
         self._send = send
+        self._drops_none = drops_none
         self._refuse = refuse
         self._packer = packer
         self._many = many
@@ -399,9 +412,21 @@ class Outbox:
         outcomes = tally.outcomes[low:high]
         if not tally.marked and not self._many and outcomes:  # nearly always
             pieces = [] if outcomes[0] is DONE else outcomes
-            return ((low, high),), (), self._packer.outputs(pieces, None, low)
+            outputs = self._packer.outputs(pieces, None, low)
+            if not self._drops_none or not _may_hold_none(outputs) or not self._drop_none(tally, low, high):
+                return ((low, high),), (), outputs
+            outcomes = tally.outcomes[low:high]
         settled, filtered, pieces, parents = self._sort(outcomes, low)
         return settled, filtered, self._packer.outputs(pieces, parents)
+
+    @staticmethod
+    def _drop_none(tally: Tally, low: int, high: int) -> bool:
+        """Let each None count for nothing; return whether there was one."""
+        places = [place for place in range(low, high) if tally.outcomes[place] is None]
+        for place in places:
+            tally.marked = True
+            tally.outcomes[place] = FAILED
+        return bool(places)
 
     def _take_out_unfit(self, tally: Tally, low: int, high: int) -> None:
         """Let each job fail that gave something that can't travel."""

@@ -882,13 +882,18 @@ class Producer:
         self._recipe = recipe
         self._page = port.page
         self._giving = read_giving(recipe, port.codec)
+        packer = self._giving.packer
+        self._by_rows = isinstance(packer, OneRoute) and packer.codec.by_rows
+        scalars = isinstance(packer, OneRoute) and packer.scalars and not packer.codec.by_reference
+        self._drops_none = scalars and self._giving.encode is None and not recipe.signature.nullable
         self._outbox = Outbox(
             port.send,
-            self._giving.packer,
+            packer,
             len(recipe.routes),
             many=False,
             flusher=recipe.flusher,
             refuse=self._refuse,
+            drops_none=self._drops_none,
         )
         self._caller = Caller(recipe, port, lambda: self._outbox.tally)
         self._awaiter = Awaiter()
@@ -902,8 +907,6 @@ class Producer:
         self._length = 1  # of a text, as they came last
         self._codec = port.codec
         self._size = port.codec.size
-        packer = self._giving.packer
-        self._by_rows = isinstance(packer, OneRoute) and packer.codec.by_rows
         #: Returns the bytes of a slice, where its items may be long.
         self._measure: Callable[[list[Any]], int] | None = None
         if isinstance(packer, OneRoute) and self._by_rows:
@@ -945,7 +948,8 @@ class Producer:
         else:
             items = iter(source if source is not None else ())
         self._given_by = items
-        self._items = filter(partial(is_not, None), items)  # a generator's None is not given on
+        # A generator's None is not given on; among scalars that leave as they are the outbox sees to it.
+        self._items = items if self._drops_none else filter(partial(is_not, None), items)
 
     def _slices(self, grant: Grant, tally: Tally) -> bool:
         """
