@@ -20,6 +20,9 @@ from jobq.wire import Block, Codec, PackedObjects, PackedRows, PackedScalars, Un
 
 #: Results that may wait for their reader: a bounded edge like any other.
 RESULTS_SIZE = 1000
+#: No wait for a lock by the program lasts longer, in seconds: a signal that comes just before only sets a
+#: flag, which is seen when the wait ends.
+HEED_SECONDS = 0.5
 #: And so many bytes of them, as of what waits before a stage.
 RESULTS_BYTES = 64 * 1024 * 1024
 #: How often the garbage collector looks, at most, while results are loaded, in seconds.
@@ -320,7 +323,7 @@ class Stream:
             while not self._blocks:
                 if self._ended:
                     return None
-                self._changed.wait()
+                self._changed.wait(HEED_SECONDS)
             return self._pop()
 
     def _pop(self) -> tuple[str, Block]:

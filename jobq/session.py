@@ -31,6 +31,7 @@ from jobq.inlet import Entry, Inlet, Takers
 from jobq.ladder import Ladder
 from jobq.letters import cannot_be_loaded, rebuild
 from jobq.lineage import Fate
+from jobq.results import HEED_SECONDS
 from jobq.validation import Router, Validator
 from jobq.wire import Undecodable, owned
 from jobq.work import key_of
@@ -453,12 +454,14 @@ class Session:
             for future in watched:
                 self.wait_for(future, None)
             with self._changed:
-                self._changed.wait_for(lambda: not self._calling)
+                while self._calling:
+                    self._changed.wait(HEED_SECONDS)
 
     def _finish(self) -> None:
         if self._thread is not None:
             with self._changed:  # up to 3.12 a `join` that Ctrl-C ends takes the thread for ended
-                self._changed.wait_for(lambda: self._ended)
+                while not self._ended:
+                    self._changed.wait(HEED_SECONDS)
             self._thread.join()
         else:
             self.drive_until(lambda: self._ended, None)
@@ -510,11 +513,17 @@ class Session:
 
     def wait_for(self, future: JobFuture, timeout: float | None) -> None:
         """Return when *future* is done; raises `concurrent.futures.TimeoutError`."""
+        deadline = None if timeout is None else time.monotonic() + timeout
         if self.has_thread:
             with contextlib.suppress(CancelledError):
-                Future.result(future, timeout)
+                while not Future.done(future):
+                    rest = HEED_SECONDS if deadline is None else deadline - time.monotonic()
+                    try:
+                        Future.result(future, max(0.0, min(rest, HEED_SECONDS)))
+                    except FutureTimeout:
+                        if deadline is not None and time.monotonic() >= deadline:
+                            raise
             return
-        deadline = None if timeout is None else time.monotonic() + timeout
         self.drive_until(lambda: Future.done(future), deadline)
         if not Future.done(future):
             raise FutureTimeout

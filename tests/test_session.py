@@ -1289,6 +1289,30 @@ def test_where_jobs_run_in_the_program_s_thread_ctrl_c_strikes_at_once(where: st
     assert interrupt("inline", where, "deaf", tmp_path, signal.SIGINT) == b"interrupted 1 0 0 True\n"
 
 
+def strike_beside_the_main_thread() -> None:
+    """Have a signal end no wait, like one that comes just before it."""
+    signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("where", ["join", "end"])
+def test_a_signal_that_comes_just_before_the_wait_is_heeded(where: str) -> None:
+    pipeline = Pipeline("test")
+
+    @pipeline.consumer
+    def work(i: int, job: Job) -> int:
+        until(lambda: signal.getsignal(signal.SIGINT) is not signal.default_int_handler)
+        strike_beside_the_main_thread()
+        until(lambda: job.stopping)
+        return i
+
+    with pytest.raises(KeyboardInterrupt), pipeline.open(backend="thread") as run:
+        future = run.submit(1)
+        if where == "join":
+            run.join()
+
+    assert future.result() == 1
+
+
 @pytest.mark.parametrize("size", [1, 1000])
 def test_many_threads_submit_and_wait(backend: str, size: int) -> None:
     pipeline = Pipeline("test")
