@@ -227,9 +227,9 @@ class Driver:
         self._limited = [pool for pool in self.pools.values() if pool.limit is not None]
         self._consumers = [pool for pool in self.pools.values() if not pool.line.is_producer]
         for pool in self._consumers:
-            pool.feeders = [
-                one for one in self._consumers if any(pool.line in takers for takers in one.line.takers)
-            ]
+            pool.follows_consumers = any(
+                pool.line in takers for one in self._consumers for takers in one.line.takers
+            )
         self.automatic = frozenset(automatic if backend.own_thread else ())
         self._allotment: Allotment | None = None
         if self.automatic:
@@ -770,7 +770,7 @@ class Driver:
                 else:
                     self._give_chunks(pool)
             self._rebalance(pool, now)
-            if pool.feeders:
+            if pool.follows_consumers:
                 self._say_if_it_starves(pool)
         if self.ending.level or (self._ahead == 1 and any(pool.line.flying for pool in self._consumers)):
             return
@@ -784,11 +784,7 @@ class Driver:
         starves = not line.ready and line.flying <= line.lanes
         if starves != pool.starves:
             pool.starves = starves
-            for feeder in pool.feeders:
-                hint = self._hint(feeder.line)
-                for member in feeder.members:
-                    if member.ready:
-                        member.worker.page[HINT] = hint
+            self._hint_upstream(line)
 
     def _give_chunks(self, pool: Pool) -> None:
         """Give chunks to workers that have nothing to do, then the next one to those that are busy."""

@@ -148,7 +148,7 @@ class Pool:
         grace = ASYNC_GRACE_SECONDS if line.node.signature.is_async and line.each > 1 else 0.0
         self.limit = None if timeout is None else timeout + grace
         self._tasks = None if line.is_producer else line.node.stage.consumer.max_tasks_per_worker
-        self.feeders: list[Pool] = []  # consumers that give to this stage
+        self.follows_consumers = False  # some of what comes here is given by jobs
         self.starves = False  # as these were told
         self.missing: list[int] = []  # places of workers that have ended and are not replaced yet
         self.retry_at: float | None = None

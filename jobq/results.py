@@ -20,11 +20,11 @@ from jobq.wire import Block, Codec, PackedObjects, PackedRows, PackedScalars, Un
 
 #: Results that may wait for their reader: a bounded edge like any other.
 RESULTS_SIZE = 1000
+#: And so many bytes of them, as of what waits before a stage.
+RESULTS_BYTES = 64 * 1024 * 1024
 #: No wait for a lock by the program lasts longer, in seconds: a signal that comes just before only sets a
 #: flag, which is seen when the wait ends.
 HEED_SECONDS = 0.5
-#: And so many bytes of them, as of what waits before a stage.
-RESULTS_BYTES = 64 * 1024 * 1024
 #: How often the garbage collector looks, at most, while results are loaded, in seconds.
 LOOK_SECONDS = 1.0
 #: A pipe that is ready for writing takes at least so much without making us wait (POSIX).
@@ -231,7 +231,7 @@ class JsonLines:
     @property
     def room(self) -> int:
         """How many more results are welcome."""
-        return RESULTS_SIZE - self._waiting if self._bytes < RESULTS_BYTES else 0
+        return _room_beside(self._waiting, self._bytes)
 
     @property
     def waitable(self) -> Waitable | None:
@@ -265,6 +265,11 @@ class JsonLines:
         poll = select.poll()
         poll.register(self._fd, select.POLLOUT)
         return bool(poll.poll(0))
+
+
+def _room_beside(waiting: int, nbytes: int) -> int:
+    """Return how many results are welcome besides so many, and bytes, that wait."""
+    return RESULTS_SIZE - waiting if nbytes < RESULTS_BYTES else 0
 
 
 class Stream:
@@ -301,7 +306,7 @@ class Stream:
         """How many more results are welcome."""
         with self._changed:
             self._asked = self._waiting > 0
-            return RESULTS_SIZE - self._waiting if self._bytes < RESULTS_BYTES else 0
+            return _room_beside(self._waiting, self._bytes)
 
     def flush(self) -> None:
         """Nothing is left to write."""

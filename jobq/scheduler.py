@@ -702,7 +702,7 @@ class Scheduler:
         for output in outputs:
             parents = output.parent_indices() or array("I", _indices(closed))
             roots: tuple[int, ...] | None = None
-            if tracked and family is not None:
+            if family is not None:
                 roots = (family,) * len(parents)
             elif tracked:
                 roots = tuple(self._root(flight, parent) for parent in parents)

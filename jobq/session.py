@@ -713,14 +713,13 @@ class _Source(Iterator[Any]):
         self._error: Exception | None = None
 
     def __next__(self) -> Any:
-        if self._error is not None:
-            raise StopIteration
-        try:
-            return next(self._items)
-        except StopIteration:
-            raise
-        except Exception as error:  # user code
-            self._error = error
+        if self._error is None:
+            try:
+                return next(self._items)
+            except StopIteration:
+                pass
+            except Exception as error:  # user code
+                self._error = error
         raise StopIteration
 
     def end(self) -> None:

@@ -713,9 +713,10 @@ def test_a_job_sees_itself_and_whether_the_run_is_being_stopped(codec: Codec) ->
     with Bench(work, codec) as bench:
         bench.do(1, 2, keys=("a", "b"), attempt=3)
 
+        stage = "work"
         assert seen == [
-            ("r1/work/40", "work", 3, 1, "a", False),
-            ("r1/work/41", "work", 3, 1, "b", True),
+            (f"r1/{stage}/40", stage, 3, 1, "a", False),
+            (f"r1/{stage}/41", stage, 3, 1, "b", True),
         ]
 
 
