@@ -203,7 +203,9 @@ class Plan:
     A backend that forks does so from a process that was forked when it was made, so recipes may hold
     lambdas and closures under ``fork``. ``stdin`` names the recipes that may want the program's standard
     input: "" if their process is to have it, else why not. All other processes find theirs empty.
-    ``workers`` is how many will be started at first, where a recipe may be for several.
+    ``workers`` is how many will be started at first, where a recipe may be for several; ``first`` are the
+    names and recipes of those that will be asked for before any other, in this order: a backend may begin
+    with them at once.
     """
 
     recipes: Mapping[str, Recipe]
@@ -212,6 +214,7 @@ class Plan:
     daemon: Mapping[str, bool] = field(default_factory=dict)
     stdin: Mapping[str, str] = field(default_factory=dict)
     workers: int = 0
+    first: Sequence[tuple[str, str]] = ()
 
 
 class Backend(Protocol):

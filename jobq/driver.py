@@ -298,7 +298,7 @@ class Driver:
         if self._keeper_recipe is None:
             self._start_pools()
         else:
-            self._keeper = Keeper(self._backend.start("keeper", self._keeper_recipe))
+            self._keeper = Keeper(self._backend.start(self._keeper_recipe, self._keeper_recipe))
             self._watch(self._keeper)
 
     def _start_pools(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -164,11 +164,9 @@ class Pool:
 
     def _start(self, index: int) -> None:
         self._serial += 1
-        name = (
-            f"{self.line.name}-{index + 1}"
-            if self._serial <= self._first
-            else (f"{self.line.name}-{index + 1}.{self._serial - self._first + 1}")
-        )
+        name = worker_name(self.line.name, index)
+        if self._serial > self._first:
+            name += f".{self._serial - self._first + 1}"
         recipe = recipe_name(self.line.name, index if self.line.is_producer else 0)
         worker = self._backend.start(name, recipe)
         member = Member(self, index, worker, left=self._tasks)
@@ -248,6 +246,18 @@ def describe_lack(error: OSError) -> str:
     """Return a sentence that says which limit keeps a worker from being started."""
     limit = {errno.EMFILE: " (ulimit -n)", errno.EAGAIN: " (ulimit -u)"}.get(error.errno or 0, "")
     return f"no worker can be started: {error.strerror or error}{limit}"
+
+
+def worker_name(stage: str, index: int) -> str:
+    """Return the name of a stage's first worker in the place *index*."""
+    return f"{stage}-{index + 1}"
+
+
+def first_workers(sizes: Mapping[str, int], producers: Container[str]) -> Iterator[tuple[str, str]]:
+    """Yield names and recipes of the workers that pools of these sizes start, in their order."""
+    for stage, size in sizes.items():
+        for index in range(size):
+            yield worker_name(stage, index), recipe_name(stage, index if stage in producers else 0)
 
 
 def recipe_name(stage: str, index: int) -> str:

@@ -28,7 +28,7 @@ from jobq.locks import open_desk
 from jobq.options import RunOptions, Workers
 from jobq.outcome import Outcome
 from jobq.policy import Uniform
-from jobq.pool import describe_lack
+from jobq.pool import describe_lack, first_workers
 from jobq.report import DeadLetter, Report
 from jobq.results import Collect, Sink
 from jobq.scheduler import Scheduler
@@ -250,8 +250,16 @@ def prepare(
     if problems:
         raise PipelineError(*problems)
     began = machine.clock.monotonic()
-    workers = sum(sizes.values()) + bool(kept)
-    plan = Plan(recipes, options.start_method, preload, daemon, _standard_input(graph, sizes), workers)
+    producers = {node.stage.name for node in graph.producers()}
+    plan = Plan(
+        recipes,
+        options.start_method,
+        preload,
+        daemon,
+        _standard_input(graph, sizes),
+        sum(sizes.values()) + bool(kept),
+        [(RECIPE, RECIPE)] if kept else list(first_workers(sizes, producers)),
+    )
     try:
         backend = backend_class(plan)  # type: ignore[call-arg]  # a Protocol has no constructor
     except OSError as error:

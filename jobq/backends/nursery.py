@@ -31,8 +31,10 @@ import threading
 import time
 import traceback
 import warnings
+from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkProcess
-from typing import Any, NoReturn
+from types import MappingProxyType
+from typing import Any, NoReturn, TypeAlias
 
 from jobq.backend import Plan
 from jobq.backends import child
@@ -55,6 +57,8 @@ MOURNING = 1
 SPARE = ""
 #: Seconds until a spare is forked: a short run does without, and a longer one has its workers first.
 SPARE_DELAY = 0.05
+#: A worker that is to be forked: its name, its recipe's, and the descriptors that are given to it.
+Birth: TypeAlias = tuple[str, str, list[int]]
 #: What the keepers don't listen to. To make it takes a tenth of a millisecond.
 BLOCKED = signal.valid_signals() - {signal.SIGCHLD}
 
@@ -70,14 +74,28 @@ class Stranded(BackendUnavailable):
 class Nursery:
     """The driver's end: the keeper that forks workers now, and the one that would take its place."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, first: Mapping[str, tuple[str, list[int]]] = MappingProxyType({})) -> None:
+        """
+        Fork the keeper, which begins with the workers *first*: by name, their recipes and descriptors.
+
+        The descriptors remain the caller's to close. The workers are to be taken.
+        """
         self._plan = plan
         self._broken, self._lifeline = os.pipe()
         self._spare: _Contact | None = None
         self._lost = False
+        self._begun: dict[str, int] = {}  # epitaphs of workers that we haven't heard of yet, in their order
+        self._taken: dict[str, Forked | OSError] = {}  # what we have heard
         try:
-            self._keeper = self._fork_keeper()
+            with contextlib.ExitStack() as given:
+                births: list[Birth] = []
+                for name, (recipe, descriptors) in first.items():
+                    self._begun[name], theirs = os.pipe()
+                    given.callback(os.close, theirs)
+                    births.append((name, recipe, [*descriptors, theirs]))
+                self._keeper = self._fork_keeper(births)
         except BaseException:
+            self._forget_begun()
             os.close(self._broken)
             os.close(self._lifeline)
             raise
@@ -101,6 +119,8 @@ class Nursery:
         killed the keeper (try again, with a new channel: a worker may hold this one), and
         `Stranded` if there can't be another keeper.
         """
+        while self._begun:
+            self._hear_of_first()
         if self._lost:
             self._replace_keeper()
         epitaph, theirs = os.pipe()
@@ -118,6 +138,37 @@ class Nursery:
         self._have_a_spare()
         return Forked(pid, pidfd, epitaph)
 
+    def take(self, name: str) -> Forked:
+        """Return one of the first workers, waiting until it is forked; raises as `start` does."""
+        while name in self._begun:
+            self._hear_of_first()
+        taken = self._taken.pop(name, None)
+        if taken is None:
+            raise NurseryLost
+        if isinstance(taken, OSError):
+            raise taken
+        return taken
+
+    def _hear_of_first(self) -> None:
+        """Wait for what became of the next of the first workers."""
+        name = next(iter(self._begun))
+        try:
+            pid, pidfd = self._keeper.forked(name)
+        except (ConnectionError, EOFError, TimeoutError) as error:
+            self._lost = True
+            self._forget_begun()
+            raise NurseryLost from error
+        except OSError as error:
+            os.close(self._begun.pop(name))
+            self._taken[name] = error
+        else:
+            self._taken[name] = Forked(pid, pidfd, self._begun.pop(name))
+
+    def _forget_begun(self) -> None:
+        begun, self._begun = self._begun, {}
+        for epitaph in begun.values():
+            os.close(epitaph)
+
     def close(self) -> None:
         """Kill the keepers and their workers, and wait until they are gone. Idempotent."""
         spare, self._spare = self._spare, None
@@ -133,6 +184,11 @@ class Nursery:
         self._keeper.forget()
         if self._spare is not None:
             self._spare.forget()
+        self._forget_begun()
+        taken, self._taken = self._taken, {}
+        for worker in taken.values():
+            if isinstance(worker, Forked):
+                worker.forget()
         fds = (self._broken, self._lifeline)
         self._broken = self._lifeline = -1
         for fd in fds:
@@ -166,7 +222,7 @@ class Nursery:
         with contextlib.suppress(OSError):
             self._spare = self._keeper.fork_spare()
 
-    def _fork_keeper(self) -> _Contact:
+    def _fork_keeper(self, births: Sequence[Birth] = ()) -> _Contact:
         ours, theirs = socket.socketpair()
         # Flushed now, else every worker repeats what is in the buffers.
         files = child.open_files() if _files_are_open() else []
@@ -181,7 +237,7 @@ class Nursery:
                 ours.close()
                 close(self._broken)
                 close(self._lifeline)
-                _Keeper(self._plan, lifeline, driver, files).run(theirs)
+                _Keeper(self._plan, lifeline, driver, files).run(theirs, births)
             except BaseException:
                 traceback.print_exc()
             finally:
@@ -227,6 +283,10 @@ class _Contact:
             self._request((name, recipe), descriptors)
         finally:
             os.close(kept_free)
+        return self.forked(name)
+
+    def forked(self, name: str) -> tuple[int, int]:
+        """Return number and pidfd of the worker *name*, the first of those whose keeper hasn't said them."""
         data, fds, _, _ = socket.recv_fds(self._connection, STARTED.size, 1)
         if not data:
             raise EOFError
@@ -367,8 +427,8 @@ class _Keeper:
         atexit._clear()  # the driver's hooks are not ours to run
         gc.freeze()  # what a worker opens can be told from what it inherits, and pages stay shared
 
-    def run(self, requests: socket.socket) -> NoReturn:
-        """Serve the driver's requests, until it wants no more or is gone."""
+    def run(self, requests: socket.socket, births: Sequence[Birth] = ()) -> NoReturn:
+        """Fork the first workers, and serve the driver's requests until it wants no more or is gone."""
         self._requests = requests
         child.die_with(os.dup(self._lifeline))
         self._bell, bell = os.pipe()
@@ -381,6 +441,8 @@ class _Keeper:
             if fd >= 0:
                 poll.register(fd, select.POLLIN)
         try:
+            for birth in births:
+                self._give_birth(*birth)
             while True:
                 ready = {fd for fd, _ in poll.poll(self._patience())}
                 if self._driver in ready:
@@ -412,6 +474,10 @@ class _Keeper:
             self._spare_at = time.monotonic() + SPARE_DELAY
             return
         name, recipe = request
+        self._give_birth(name, recipe, fds)
+
+    def _give_birth(self, name: str, recipe: str, fds: list[int]) -> None:
+        """Fork a worker, and tell the driver."""
         pid, number = self._fork_worker(name, recipe, fds)
         with contextlib.ExitStack() as given:
             pidfds = []

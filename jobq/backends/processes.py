@@ -16,8 +16,9 @@ import shutil
 import sys
 import weakref
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from typing import ClassVar, Protocol
 
 from jobq import faults
@@ -34,6 +35,8 @@ from jobq.wire import MAGIC, PREFIX, Answer, Bye, Codec, Hello, Order, PickleCod
 START_METHODS = ("auto", "fork", "forkserver", "spawn")
 #: How often to try to start one worker while somebody kills what forks it.
 TRIES = 3
+#: How many of the first workers are begun with before they are asked for: with more, all would begin late.
+AHEAD = 8
 #: What the driver holds of a worker: both ends of the inbox, one of the outbox, the page, pidfd and epitaph.
 DESCRIPTORS_PER_WORKER = 6
 #: What a run holds besides, and what starting a worker takes for a moment.
@@ -94,9 +97,7 @@ class ProcessWorker:
     def __init__(
         self,
         name: str,
-        inbox: Inbox,
-        outbox: int,
-        page: SharedPage,
+        channel: Channel,
         process: Process,
         *,
         arena: Arena,
@@ -104,15 +105,15 @@ class ProcessWorker:
     ) -> None:
         self.name = name
         self.pid: int | None = process.pid
-        self.page = page.words
-        self._inbox = inbox
-        self._stream = inbox.stream
-        self._outbox = Incoming(outbox)
-        self._memory = page
+        self.page = channel.page.words
+        self._inbox = channel.inbox
+        self._stream = channel.inbox.stream
+        self._outbox = Incoming(channel.outbox)
+        self._memory = channel.page
         self._process = process
         self._out_of_memory = out_of_memory
         self._arena = arena
-        self._region = page.words[REGION]
+        self._region = channel.page.words[REGION]
         self._place = partial(arena.lease, self._region)
         self._closing = False
         self._killed = False  # by us
@@ -123,7 +124,7 @@ class ProcessWorker:
         self._problem: str | None = None
         self.released = False
         self._listening: tuple[Waitable, ...] = (
-            Waitable(outbox, selectors.EVENT_READ),
+            Waitable(channel.outbox, selectors.EVENT_READ),
             Waitable(process.fd, selectors.EVENT_READ),
         )
         self._writing: tuple[Waitable, ...] = (
@@ -264,6 +265,52 @@ class ProcessWorker:
         return " in the middle of its work" if how.startswith("exited") else ""
 
 
+class Channel:
+    """The descriptors of one worker's channel: the driver's ends, and those that go to the process."""
+
+    def __init__(self, inbox: Inbox, lanes: int, arena: Arena) -> None:
+        self.inbox = inbox
+        self._arena = arena
+        with contextlib.ExitStack() as undo:
+            undo.callback(inbox.abandon)
+            self.outbox, theirs = os.pipe()
+            undo.callback(os.close, self.outbox)
+            undo.callback(os.close, theirs)
+            memory = make_page_file(page_words(lanes))
+            undo.callback(os.close, memory)
+            self.page = SharedPage(memory)
+            undo.callback(self.page.release)
+            blank_page(self.page.words)
+            self.page.words[REGION] = self._region = arena.let()
+            undo.callback(arena.vacate, self._region)
+            os.set_blocking(self.outbox, False)
+            widen(self.outbox)
+            # Copies of what this process goes on to use, so that all of these are closed alike.
+            reader = os.dup(inbox.stream.reader.fileno())
+            undo.callback(os.close, reader)
+            self.given = [reader, theirs, memory, os.dup(arena.fd)]
+            undo.pop_all()
+
+    def hand_over(self) -> None:
+        """Close what the process owns by now. Idempotent."""
+        given, self.given = self.given, []
+        for fd in given:
+            os.close(fd)
+
+    def abandon(self) -> None:
+        """Close all of it: there is no process."""
+        self.hand_over()
+        os.close(self.outbox)
+        self.inbox.abandon()
+        self._arena.vacate(self._region)
+        self.page.release()
+
+    def forget(self) -> None:
+        """Close the driver's ends only: this is a copy of its process."""
+        os.close(self.outbox)
+        self.inbox.stream.abandon()
+
+
 class ProcessBackend:
     """Starts worker processes. A subclass names itself and makes inboxes."""
 
@@ -278,15 +325,32 @@ class ProcessBackend:
         self._out_of_memory = OutOfMemory(events_file())
         self._nursery: Nursery | None = None
         self._launcher: Launcher | None = None
-        if self._method == "fork":
-            self._nursery = Nursery(plan)
-        else:
-            self._launcher = Launcher(plan, self._method)
+        self._ahead: dict[str, Channel] = {}  # of workers that are being forked, and not asked for yet
         self._arena = Arena()
         codec = PickleCodec(self._arena)
         self.codec: Codec = codec
         self._sockets = codec.sockets
         _forget_in_children(self)
+        try:
+            if self._method == "fork":
+                self._nursery = self._fork_nursery()
+            else:
+                self._launcher = Launcher(plan, self._method)
+        except BaseException:
+            self.close()
+            raise
+
+    def _fork_nursery(self) -> Nursery:
+        """Fork what forks the workers, and have it begin with the first of them."""
+        first: dict[str, tuple[str, list[int]]] = {}
+        with contextlib.suppress(OSError):  # whoever asks for this worker will hear of it
+            for name, recipe in islice(self._plan.first, AHEAD):
+                channel = self._ahead[name] = self._open(recipe)
+                first[name] = (recipe, channel.given)
+        nursery = Nursery(self._plan, first)
+        for channel in self._ahead.values():
+            channel.hand_over()
+        return nursery
 
     @staticmethod
     def resolve(asked: str) -> str:
@@ -313,35 +377,30 @@ class ProcessBackend:
 
         Raises `OSError` where the system refuses a process or a descriptor: trying later may help.
         """
+        channel = self._ahead.pop(name, None)
+        if channel is not None:
+            assert self._nursery is not None
+            with contextlib.suppress(NurseryLost):
+                return self._worker(name, channel, partial(self._nursery.take, name))
         for _ in range(TRIES):
             # Each time with a new channel: a worker that was forked all the same holds the old one.
+            channel = self._open(recipe)
             with contextlib.suppress(NurseryLost):
-                return self._start(name, recipe)
+                return self._worker(name, channel, partial(self._launch, name, recipe, channel))
         raise BackendUnavailable(f"the process that forks workers was killed {TRIES} times in a row")
 
-    def _start(self, name: str, recipe: str) -> ProcessWorker:
-        with contextlib.ExitStack() as undo:
-            inbox = self.make_inbox()
-            undo.callback(inbox.abandon)
-            outbox, theirs = os.pipe()
-            undo.callback(os.close, outbox)
-            with contextlib.ExitStack() as given:
-                given.callback(os.close, theirs)
-                memory = make_page_file(page_words(self._plan.recipes[recipe].lanes))
-                given.callback(os.close, memory)
-                page = SharedPage(memory)
-                undo.callback(page.release)
-                blank_page(page.words)
-                page.words[REGION] = region = self._arena.let()
-                undo.callback(self._arena.vacate, region)
-                os.set_blocking(outbox, False)
-                widen(outbox)
-                descriptors = [inbox.stream.reader.fileno(), theirs, memory, self._arena.fd]
-                process = self._launch(name, recipe, descriptors, inbox)
-            undo.pop_all()
-        worker = ProcessWorker(
-            name, inbox, outbox, page, process, arena=self._arena, out_of_memory=self._out_of_memory
-        )
+    def _open(self, recipe: str) -> Channel:
+        return Channel(self.make_inbox(), self._plan.recipes[recipe].lanes, self._arena)
+
+    def _worker(self, name: str, channel: Channel, launch: Callable[[], Process]) -> ProcessWorker:
+        """Return the worker at the other end of *channel*, once it is known that there is a process."""
+        try:
+            process = launch()
+        except BaseException:
+            channel.abandon()
+            raise
+        channel.hand_over()
+        worker = ProcessWorker(name, channel, process, arena=self._arena, out_of_memory=self._out_of_memory)
         self._workers = [other for other in self._workers if not other.released]
         self._workers.append(worker)
         return worker
@@ -355,21 +414,23 @@ class ProcessBackend:
         for worker in self._workers:
             worker.release()
         self._workers = []
+        while self._ahead:
+            self._ahead.popitem()[1].abandon()
         if self._launcher is not None:
             self._launcher.close()
         self._arena.close()
         self._sockets.close()
 
-    def _launch(self, name: str, recipe: str, descriptors: list[int], inbox: Inbox) -> Process:
+    def _launch(self, name: str, recipe: str, channel: Channel) -> Process:
         if self._launcher is None:
             assert self._nursery is not None
             try:
-                return self._nursery.start(name, recipe, descriptors)
+                return self._nursery.start(name, recipe, channel.given)
             except Stranded as stranded:
                 self._launcher = self._fork_server(stranded)
-        process = self._launcher.start(name, recipe, descriptors)
+        process = self._launcher.start(name, recipe, channel.given)
         pickled = self._launcher.recipes[recipe]
-        inbox.stream.write([PREFIX.pack(MAGIC, 0, len(pickled)), pickled])
+        channel.inbox.stream.write([PREFIX.pack(MAGIC, 0, len(pickled)), pickled])
         return process
 
     def _fork_server(self, stranded: Stranded) -> Launcher:
@@ -387,8 +448,10 @@ class ProcessBackend:
             self._nursery.forget()
         if self._launcher is not None:
             self._launcher.forget()
+        for channel in self._ahead.values():
+            channel.forget()
         self._arena.forget()
-        self._workers = []
+        self._workers, self._ahead = [], {}
 
 
 _backends: weakref.WeakSet[ProcessBackend] = weakref.WeakSet()
