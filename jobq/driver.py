@@ -522,6 +522,7 @@ class Driver:
                 self.ending.interrupted |= bool(self.ending.level) and watches
                 given = answer.totals.done
                 self._tell(events.ProducerEnded(line.name, member.worker.name, given))
+                self._let_go(member)  # now, while others work: at the end somebody would wait for it
         else:
             scheduler.settle(line, member.worker.name, answer, now)
             if line.target != target:
@@ -604,14 +605,19 @@ class Driver:
 
     # ── workers end ──────────────────────────────────────────────────────────
 
+    def _let_go(self, member: Member) -> None:
+        """Tell a worker that no more orders come."""
+        if not member.closing:
+            member.closing = True
+            member.worker.close()
+            self._watch(member)
+
     def _retire(self, member: Member, why: str) -> None:
         """Let a worker end that begins no more jobs, or has had as many as it may: it will be replaced."""
         done = not member.load
         if not member.closing and (why or done):
             member.retiring = why or "it has had max_tasks_per_worker jobs"
-            member.closing = True
-            member.worker.close()
-            self._watch(member)
+            self._let_go(member)
         if member.retiring and done:
             self._leaving.append((self._clock.monotonic() + self._shutdown_timeout, member))
 
@@ -1014,9 +1020,7 @@ class Driver:
             pool.stop_giving()
             for member in list(pool.members):
                 if pool.line.is_producer:
-                    member.closing = True
-                    member.worker.close()
-                    self._watch(member)
+                    self._let_go(member)
                 else:
                     self._take_back(member)
 

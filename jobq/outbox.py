@@ -218,6 +218,8 @@ class Flusher:
         self._asleep = True
         self._thread: threading.Thread | None = None
         self._ended = False
+        self._end = threading.Lock()  # held until then: to wait for a lock takes no time of Python's
+        self._end.acquire()
 
     def watch(self) -> None:
         """Look now and then as long as there are orders (cheap: called for each)."""
@@ -239,7 +241,7 @@ class Flusher:
         self._asleep = False
         while not self._ended:
             if idle <= IDLE_TICKS:
-                time.sleep(TICK_SECONDS)
+                self._end.acquire(timeout=TICK_SECONDS)
             else:
                 # Whoever arms us just before this is in an order, which we then see: it waits for one look.
                 self._armed.clear()
@@ -250,13 +252,14 @@ class Flusher:
                     idle = IDLE_TICKS - FIRST_LOOKS
                 self._asleep = False
             sent = self._look()
-            if sent is None:
-                time.sleep(TICK_SECONDS)
+            if sent is None and not self._ended:
+                self._end.acquire(timeout=TICK_SECONDS)
                 sent = self._look()
             idle = 0 if sent else idle + 1
 
     def renew(self) -> None:
         """Have nothing to do any more: the thread is not there."""
+        self._end = threading.Lock()
         self._armed = threading.Event()
         self._armed.set()
         self._asleep = False
@@ -266,8 +269,10 @@ class Flusher:
         """End the thread and wait for its end."""
         self._ended = True
         self._armed.set()
-        if self._thread is not None:
-            self._thread.join()
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._end.release()
+            thread.join()
 
 
 class Outbox:
