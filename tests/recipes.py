@@ -9,6 +9,7 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -137,8 +138,13 @@ ACTS = (
 
 
 def plan(
-    start_method: str = "auto", *, preload: Preload | None = None, daemon: dict[str, bool] | None = None
+    start_method: str = "auto",
+    *,
+    preload: Preload | None = None,
+    daemon: dict[str, bool] | None = None,
+    first: Sequence[str] = (),
 ) -> Plan:
-    """Return a plan with all of these, and those of `jobq.testing`."""
+    """Return a plan with all of these, and those of `jobq.testing`; *first* are the recipes of the first."""
     recipes = {**RECIPES, **{act.__name__: Recipe(act) for act in ACTS}}
-    return Plan(recipes, start_method, preload, daemon or {})
+    names = [(f"{recipe}-{number}", recipe) for number, recipe in enumerate(first)]  # as a bench names them
+    return Plan(recipes, start_method, preload, daemon or {}, first=names)

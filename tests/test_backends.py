@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import resource
@@ -487,6 +488,88 @@ def test_no_worker_outlives_its_driver_though_its_forker_was_killed_first(lost: 
     for pidfd in watched:
         assert select.select([pidfd], [], [], 5)[0]
         os.close(pidfd)
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_the_first_workers_are_forked_before_they_are_asked_for(name: str) -> None:
+    with bench(name, first=["echo", "gate", "echo"]) as made:
+        kill_keeper(made)  # who has nothing more to fork
+
+        workers = [made.start("echo"), made.start("gate"), made.start("echo")]
+        other = made.start("echo")
+
+        for worker in (workers[2], other, workers[0]):
+            assert ask(made, worker, 1) == [1]
+            end_well(made, worker)  # nobody else holds its inbox
+        end_well(made, workers[1])
+
+
+def test_others_can_be_asked_for_before_the_first() -> None:
+    with bench(first=["echo", "echo"]) as made:
+        other = made.start("gate")
+        worker = made.backend.start("echo-1", "echo")
+
+        assert ask(made, worker, 1) == [1]
+        end_well(made, other)
+        end_well(made, worker)
+
+
+def test_first_workers_that_nobody_asks_for_end_with_the_backend() -> None:
+    with bench(first=["echo", "busy"]) as made:
+        worker = made.start("echo")  # the other one is there, too
+        assert _nursery(made).spare_pid is not None
+        keeper = _nursery(made).pid
+        pids = Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()
+        watched = [os.pidfd_open(int(pid)) for pid in pids]
+
+    assert str(worker.pid) in pids
+    assert len(pids) == 3  # and the spare
+    for pidfd in watched:
+        assert select.select([pidfd], [], [], 5)[0]
+        os.close(pidfd)
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_a_forker_that_is_killed_while_it_forks_the_first_leaves_no_second_reader(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with bench(first=["echo", "echo"]) as made, busy_threads(threads):
+        contact = type(_nursery(made)._keeper)
+        forked = contact.forked
+        lost: list[int] = []
+
+        def lose(keeper: Any, name: str) -> tuple[int, int]:
+            """Lose what the keeper says of the first worker, and the keeper."""
+            lost.append(forked(keeper, name)[1])
+            monkeypatch.undo()
+            kill_keeper(made)
+            raise EOFError(name)
+
+        monkeypatch.setattr(contact, "forked", lose)
+        workers = [made.start("echo") for _ in range(3)]
+
+        for worker in workers:
+            assert ask(made, worker, 1) == [1]
+            end_well(made, worker)
+        assert select.select(lost, [], [], 30)[0], "the worker that nobody knows of must end"
+        os.close(lost[0])
+
+
+def test_a_first_worker_that_can_not_be_forked_is_told_when_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here, fork = os.getpid(), os.fork
+
+    def refuse() -> int:
+        if os.getpid() != here:
+            raise BlockingIOError(errno.EAGAIN, "refused")
+        return fork()
+
+    monkeypatch.setattr(os, "fork", refuse)
+    with bench(first=["echo", "echo"]) as made:
+        for _ in range(2):
+            with pytest.raises(OSError, match="can't start worker echo-0"):
+                made.start("echo")
 
 
 def _nursery(made: Bench) -> Nursery:

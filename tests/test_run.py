@@ -767,6 +767,30 @@ def test_a_resource_is_opened_once_per_worker_and_closed(backend: str, notes: No
     assert 1 <= told["opened"] == told["closed"] <= 2
 
 
+@pytest.mark.parametrize("backend", [*PROCESSES, "thread"], indirect=True)
+def test_a_producer_s_worker_ends_when_its_producer_has(backend: str, gate: Gate) -> None:
+    pipeline = Pipeline("test")
+
+    @pipeline.resource
+    def connection() -> Iterator[int]:
+        yield 3
+        os.close(os.open(gate.path, os.O_WRONLY))  # when somebody waits
+
+    @pipeline.producer
+    def numbers(connection: int) -> Iterator[int]:
+        yield from range(connection)
+
+    @pipeline.consumer
+    def take(i: int) -> int:
+        if i == 0:
+            gate.wait()
+        return i
+
+    report = run(pipeline, backend)
+
+    assert sorted(report.results) == [0, 1, 2]
+
+
 def test_a_resource_of_lanes_is_opened_per_thread(notes: Notes) -> None:
     pipeline = ints(4)
 

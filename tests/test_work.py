@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from jobq import Job, Reject, Retry, Shard, Skip
+from jobq import Job, Reject, Retry, Shard, Skip, outbox
 from jobq.annotations import read_signature
 from jobq.backend import DECODING, HINT, IDLE, LANES, LIMIT, STOPPING, Page, blank_page, page_words, past
+from jobq.outbox import Flusher
 from jobq.stage import ConsumerOptions, ProducerOptions, Resource, Stage, locate
 from jobq.wire import (
     CHUNK_BYTES,
@@ -789,6 +790,22 @@ def test_what_is_done_waits_for_the_chunk_s_end_as_long_as_jobs_go_on_ending(cod
         assert looks == [False, None, None, None, True, None]
         assert [settled(answer) for answer in answers] == [[0, 1, 2], [3, 4]]
         assert bench.given() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("looks", [True, None])
+def test_nobody_who_closes_a_flusher_waits_for_its_next_look(
+    looks: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox, "TICK_SECONDS", 3600)
+    flusher = Flusher(lambda: looks, lambda: True)
+    flusher.arm()
+    thread = flusher._thread
+    assert thread is not None
+
+    flusher.close()
+    flusher.close()
+
+    assert not thread.is_alive()
 
 
 def test_what_is_done_waits_for_nobody_where_the_next_stage_starves(codec: Codec) -> None:
