@@ -1,5 +1,5 @@
 """
-A batch job in a script of your own: python embed_in_script.py FOLDER [BACKEND]
+A batch job in a script of your own: python embed_in_script.py [FOLDER [BACKEND]]
 
 By hand such a script ends with code 0 although files failed, or stops at the first, or hangs at the end.
 Here the report says what became of each file; nothing is written, drawn or configured that the script
@@ -25,7 +25,7 @@ def count(file: Path) -> int:
     return len(file.read_text(encoding="utf-8").split())
 
 
-def main(folder: str, backend: str = "joinable") -> None:
+def main(folder: str = ".", backend: str = "joinable") -> None:
     try:
         report = pipeline.run(folder=folder, backend=backend, collect=True)
     except JobsFailed as failed:

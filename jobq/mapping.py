@@ -5,12 +5,18 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator
+from types import CodeType
 from typing import Any
 
+from jobq.errors import PipelineError
 from jobq.pipeline import Pipeline
 from jobq.stage import ConsumerOptions
 
 Function = Callable[..., Any]
+
+
+def _name(function: Function) -> str:
+    return getattr(function, "__name__", type(function).__name__)
 
 
 class Mapped:
@@ -18,7 +24,13 @@ class Mapped:
 
     def __init__(self, function: Function) -> None:
         self.function = function
-        self.__name__ = getattr(function, "__name__", type(function).__name__)
+        self.__name__ = _name(function)
+
+    @property
+    def __code__(self) -> CodeType:
+        """The function's, so that messages say where it is."""
+        code: CodeType = inspect.unwrap(self.function).__code__
+        return code
 
     def __call__(self, item: Any) -> Any:
         """Return what the function gives for *item*."""
@@ -44,6 +56,11 @@ def map(  # noqa: A001  # the contract's name: jobq.map
     False. An item that fails raises at its turn and ends the run; leaving the loop stops it. *options* are
     those of a consumer (``workers=``, ``timeout=`` for one item, …) and of a run (``backend=``, …).
     """
+    if "batch" in options:
+        raise PipelineError(
+            f"jobq.map: no batch={options['batch']!r}: it calls {_name(function)}() for each item."
+            "\n  A pipeline's consumer takes batches: @pipeline.consumer(batch=...)."
+        )
     stage = {name: options.pop(name) for name in list(options) if name in _CONSUMER_OPTIONS}
     mapped = MappedAsync(function) if inspect.iscoroutinefunction(function) else Mapped(function)
     pipeline = Pipeline(mapped.__name__)

@@ -58,11 +58,28 @@ def read_run_options(given: dict[str, Any]) -> RunOptions:
         return RunOptions(**given)
     except ValidationError as error:
         raise PipelineError(
-            *(
-                f"run option {'.'.join(map(str, problem['loc']))}={problem['input']!r}: {problem['msg']}."
-                for problem in error.errors()
-            )
+            *(f"run option {name}={value!r}: {message}." for name, value, message in wrong_values(error))
         ) from None
+
+
+def wrong_values(error: ValidationError) -> list[tuple[str, Any, str]]:
+    """
+    Return name, value and what is wrong, once for a value that none of several types would take.
+
+    Of a mapping that is one of these types it is the value in it that is wrong.
+    """
+    found: dict[str, tuple[Any, list[str]]] = {}
+    problems = error.errors()
+    for problem in problems:
+        place, value = problem["loc"], problem["input"]
+        others = [one["loc"] for one in problems if one["loc"][:1] == place[:1] and one["loc"] != place]
+        if len(place) < 3 and any(len(other) >= 3 for other in others):
+            continue
+        name = place if not others else (*place[:1], *place[2:3])  # without the name of the type
+        _, messages = found.setdefault(".".join(map(str, name)), (value, []))
+        if problem["msg"] not in messages:
+            messages.append(problem["msg"])
+    return [(name, value, ", or ".join(messages)) for name, (value, messages) in found.items()]
 
 
 #: Where the command line puts dead letters, unless told.

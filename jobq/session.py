@@ -127,6 +127,16 @@ class JobFuture(Future[Any]):
         if self._done_callbacks:  # type: ignore[attr-defined]  # Future's own
             self._session.call_back(super()._invoke_callbacks)  # type: ignore[misc]
 
+    def __repr__(self) -> str:
+        if not super().done():
+            state = "pending"
+        elif self.cancelled():
+            state = "cancelled"
+        else:
+            fate: Fate = super().result(0)
+            state = "done" if fate.failure is None and self._problem is None else "failed"
+        return f"<{type(self).__name__} {state}>"
+
     @property
     def watched(self) -> bool:
         """Whether somebody is to be called back."""

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from jobq.errors import PipelineError
+from jobq.options import wrong_values
 
 Function: TypeAlias = Callable[..., Any]
 
@@ -187,12 +188,11 @@ def read_options(model: type[Options], what: str, given: dict[str, Any]) -> Any:
     try:
         return model(**given)
     except ValidationError as error:
-        problems = []
-        for problem in error.errors():
-            name = ".".join(map(str, problem["loc"]))
-            if problem["type"] == "extra_forbidden":
-                known = sorted(field.alias or key for key, field in model.model_fields.items())
-                problems.append(f"{what} has no option {name!r}; it has {', '.join(known)}.")
-            else:
-                problems.append(f"{what}: option {name}={problem['input']!r}: {problem['msg']}.")
+        known = sorted(field.alias or key for key, field in model.model_fields.items())
+        problems = [
+            f"{what}: option {name}={value!r}: {message}."
+            if name.partition(".")[0] in known
+            else f"{what} has no option {name!r}; it has {', '.join(known)}."
+            for name, value, message in wrong_values(error)
+        ]
         raise PipelineError(*problems) from None

@@ -152,6 +152,13 @@ def test_wrong_options_are_refused_at_the_call(backend: str) -> None:
         jobq.map(square, [1], workers=0, backend=backend)
     with pytest.raises(PipelineError, match="nonsense"):
         list(jobq.map(square, [1], nonsense=1, backend=backend))
+    with pytest.raises(PipelineError, match=r"no batch=2: it calls square\(\) for each item"):
+        jobq.map(square, [1], batch=2, backend=backend)
+
+
+def test_messages_say_where_the_function_is() -> None:
+    with pytest.raises(PipelineError, match=r"square\(\) \(.*test_mapping\.py:\d+\): option rate=-1"):
+        jobq.map(square, [1], rate=-1)
 
 
 def test_nothing_starts_before_the_first_result_is_asked_for(backend: str) -> None:

@@ -1883,3 +1883,35 @@ def test_a_stage_named_like_the_one_that_reads_the_input_is_refused(tmp_path: Pa
 
     with pytest.raises(PipelineError, match="reads --input"):
         pipeline.run(input=tmp_path / "items.jsonl", backend="inline")
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (
+            {"workers": 0},
+            ["workers=0: Input should be greater than or equal to 1, or "],
+        ),
+        ({"workers": {"take": 0, "rest": 2}}, ["workers.take=0: Input should be greater"]),
+        ({"workers": {"a": "x", "b": 0}}, ["workers.a='x'", "workers.b=0"]),
+        ({"workers": {3: 1}}, ["workers.3=3: Input should be a valid string"]),
+        ({"timeout": -1, "max_failures": 0}, ["max_failures=0", "timeout=-1"]),
+    ],
+)
+def test_each_wrong_option_is_told_once(given: dict[str, Any], told: list[str]) -> None:
+    with pytest.raises(PipelineError) as caught:
+        ints(1).run(**given)
+
+    assert len(caught.value.problems) == len(told)
+    for problem, text in zip(sorted(caught.value.problems), told, strict=True):
+        assert problem.startswith(f"run option {text}")
+
+
+def test_a_stage_s_wrong_option_is_told_once() -> None:
+    with pytest.raises(PipelineError) as caught:
+        ints(1).consumer(workers="many", nonsense=1)(print)
+
+    unknown, wrong = sorted(caught.value.problems)
+    assert "option workers='many': " in wrong
+    assert wrong.endswith(", or Input should be 'auto'.")
+    assert "has no option 'nonsense'" in unknown

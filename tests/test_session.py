@@ -596,6 +596,25 @@ def test_waiting_has_a_limit(backend: str) -> None:
         assert future.result(PATIENCE) == 2
 
 
+def test_a_future_s_repr_says_how_it_stands(backend: str) -> None:
+    pipeline = Pipeline("test")
+
+    @pipeline.consumer
+    def invert(i: int) -> float:
+        return 1 / i
+
+    with pipeline.open(backend=backend) as session:
+        session.pause()
+        futures = [session.submit(i) for i in (2, 0, 4)]
+        pending = repr(futures[0])
+        futures[2].cancel()
+        session.resume()
+        session.join()
+
+    assert pending == "<JobFuture pending>"
+    assert list(map(repr, futures)) == ["<JobFuture done>", "<JobFuture failed>", "<JobFuture cancelled>"]
+
+
 def test_polling_a_future_comes_to_an_end(backend: str) -> None:
     with doubling().open(backend=backend) as run:
         future = run.submit(1)
