@@ -28,7 +28,12 @@ from jobq.backends.child import describe_failure
 from jobq.backends.joinable import JoinableInbox
 from jobq.backends.memory import OutOfMemory
 from jobq.backends.nursery import Nursery
-from jobq.backends.processes import ProcessBackend, choose_start_method
+from jobq.backends.processes import (
+    DESCRIPTORS_PER_WORKER,
+    SPARE_DESCRIPTORS,
+    ProcessBackend,
+    choose_start_method,
+)
 from jobq.backends.sentinel import SentinelInbox
 from jobq.backends.thread import ThreadBackend, ThreadWorker
 from jobq.errors import BackendUnavailable, BrokenChannel, EndOfChannel
@@ -910,6 +915,25 @@ def test_a_lack_of_descriptors_is_an_oserror_and_leaves_nothing(
                 resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
         assert ask(made, made.start("echo"), 1) == [1]
+
+
+@pytest.mark.parametrize("first", [0, 2, 8])
+def test_as_many_workers_as_there_are_descriptors_for_can_be_started(first: int) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    names = [f"worker-{number}" for number in range(8)]
+    wanted = Plan(
+        {"echo": Recipe(echo)}, "fork", workers=len(names), first=[(name, "echo") for name in names[:first]]
+    )
+    needed = len(names) * DESCRIPTORS_PER_WORKER + SPARE_DESCRIPTORS
+    # The listing's own descriptor is in it.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(descriptors()) + needed, limits[1]))
+    try:
+        with Bench(backends.load("joinable"), plan=wanted) as made:
+            answers = [ask(made, made.backend.start(name, "echo"), 1) for name in names]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+    assert answers == [[1]] * len(names)
 
 
 # ── one by one ───────────────────────────────────────────────────────────────

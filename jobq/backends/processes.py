@@ -342,15 +342,22 @@ class ProcessBackend:
 
     def _fork_nursery(self) -> Nursery:
         """Fork what forks the workers, and have it begin with the first of them."""
-        first: dict[str, tuple[str, list[int]]] = {}
-        with contextlib.suppress(OSError):  # whoever asks for this worker will hear of it
+        try:
+            first: dict[str, tuple[str, list[int]]] = {}
             for name, recipe in islice(self._plan.first, AHEAD):
                 channel = self._ahead[name] = self._open(recipe)
                 first[name] = (recipe, channel.given)
-        nursery = Nursery(self._plan, first)
+            nursery = Nursery(self._plan, first)
+        except OSError:  # too few descriptors for all at once; one at a time there may be enough
+            self._abandon_first()
+            return Nursery(self._plan)
         for channel in self._ahead.values():
             channel.hand_over()
         return nursery
+
+    def _abandon_first(self) -> None:
+        while self._ahead:
+            self._ahead.popitem()[1].abandon()
 
     @staticmethod
     def resolve(asked: str) -> str:
@@ -414,8 +421,7 @@ class ProcessBackend:
         for worker in self._workers:
             worker.release()
         self._workers = []
-        while self._ahead:
-            self._ahead.popitem()[1].abandon()
+        self._abandon_first()
         if self._launcher is not None:
             self._launcher.close()
         self._arena.close()
