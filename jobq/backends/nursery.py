@@ -32,6 +32,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from multiprocessing.context import ForkProcess
 from types import MappingProxyType
 from typing import Any, NoReturn, TypeAlias
@@ -414,6 +415,7 @@ class _Keeper:
         self._files = files
         self._lifeline = lifeline
         self._epitaphs: dict[int, int] = {}
+        self._unborn: list[list[int]] = []  # what is given to workers that are still to be forked
         self._spares: list[int] = []  # sockets for those that are still to be forked
         self._spare_at = 0.0
         # Signals of the terminal or of a process group are the driver's to react to.
@@ -441,8 +443,9 @@ class _Keeper:
             if fd >= 0:
                 poll.register(fd, select.POLLIN)
         try:
-            for birth in births:
-                self._give_birth(*birth)
+            self._unborn = [fds for _, _, fds in births]
+            for name, recipe, _ in births:
+                self._give_birth(name, recipe, self._unborn.pop(0))
             while True:
                 ready = {fd for fd, _ in poll.poll(self._patience())}
                 if self._driver in ready:
@@ -542,7 +545,7 @@ class _Keeper:
 
     def _shed(self) -> None:
         """Close, in a fork, what is this keeper's alone: who holds it would hide its death."""
-        for fd in (*self._own, *self._epitaphs.values(), *self._spares):
+        for fd in (*self._own, *self._epitaphs.values(), *self._spares, *chain(*self._unborn)):
             os.close(fd)
         self._requests.detach()
 
