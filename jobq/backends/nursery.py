@@ -236,6 +236,7 @@ class Nursery:
         if pid == 0:
             try:
                 ours.close()
+                self._forget_begun()
                 close(self._broken)
                 close(self._lifeline)
                 _Keeper(self._plan, lifeline, driver, files).run(theirs, births)

@@ -309,6 +309,7 @@ class Channel:
         """Close the driver's ends only: this is a copy of its process."""
         os.close(self.outbox)
         self.inbox.stream.abandon()
+        self.page.release()
 
 
 class ProcessBackend:
