@@ -522,7 +522,6 @@ class Driver:
                 self.ending.interrupted |= bool(self.ending.level) and watches
                 given = answer.totals.done
                 self._tell(events.ProducerEnded(line.name, member.worker.name, given))
-                self._let_go(member)  # now, while others work: at the end somebody would wait for it
         else:
             scheduler.settle(line, member.worker.name, answer, now)
             if line.target != target:

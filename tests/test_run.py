@@ -11,6 +11,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -768,27 +769,34 @@ def test_a_resource_is_opened_once_per_worker_and_closed(backend: str, notes: No
 
 
 @pytest.mark.parametrize("backend", [*PROCESSES, "thread"], indirect=True)
-def test_a_producer_s_worker_ends_when_its_producer_has(backend: str, gate: Gate) -> None:
+def test_what_a_producer_s_resource_made_is_there_until_all_is_done(backend: str, tmp_path: Path) -> None:
     pipeline = Pipeline("test")
 
     @pipeline.resource
-    def connection() -> Iterator[int]:
-        yield 3
-        os.close(os.open(gate.path, os.O_WRONLY))  # when somebody waits
+    def folder() -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(dir=tmp_path) as path:
+            yield Path(path)
 
     @pipeline.producer
-    def numbers(connection: int) -> Iterator[int]:
-        yield from range(connection)
+    def files(folder: Path) -> Iterator[Path]:
+        for number in range(20):
+            file = folder / str(number)
+            file.write_text(str(number))
+            yield file
+
+    @pipeline.consumer(workers=2)
+    def read(file: Path) -> Path:
+        file.read_text()
+        return file
 
     @pipeline.consumer
-    def take(i: int) -> int:
-        if i == 0:
-            gate.wait()
-        return i
+    def read_again(file: Path) -> int:
+        return int(file.read_text())
 
     report = run(pipeline, backend)
 
-    assert sorted(report.results) == [0, 1, 2]
+    assert sorted(report.results) == list(range(20))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_resource_of_lanes_is_opened_per_thread(notes: Notes) -> None:
