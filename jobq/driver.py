@@ -1086,6 +1086,8 @@ class Driver:
             self._stop_now()
 
     def _cancel_rest(self) -> None:
+        # Three signals at once leave no time to hear what became of a producer.
+        self.ending.interrupted |= any(pool.line.producing for pool in self._producers)
         lines = [pool.line for pool in self._consumers]
         while any(line.unsettled for line in lines):  # what an ordered stage held is cancelled at the next
             for line in lines:

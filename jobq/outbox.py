@@ -245,6 +245,8 @@ class Flusher:
             else:
                 # Whoever arms us just before this is in an order, which we then see: it waits for one look.
                 self._armed.clear()
+                if self._ended:  # `close` says both, in this order
+                    return
                 self._asleep = True  # before we look who is busy: whoever is so later sees it
                 busy = self._busy()
                 self._asleep = not busy

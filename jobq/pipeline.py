@@ -230,16 +230,21 @@ class Pipeline:
         self._check_files(options)
         cleanup = contextlib.ExitStack()
         observers = cleanup.enter_context(_observing(options))
+        session: Session | None = None
         try:
-            return Session(
-                lambda make_inlet: self._prepare(
-                    options, parameters, Fates(), observers, make_inlet=make_inlet
-                ),
-                cleanup,
-            )
+            with Ladder():  # a signal that comes meanwhile strikes when there is something to close
+                session = Session(
+                    lambda make_inlet: self._prepare(
+                        options, parameters, Fates(), observers, make_inlet=make_inlet
+                    ),
+                    cleanup,
+                )
         except BaseException:
+            if session is not None:
+                session.stop()
             cleanup.close()
             raise
+        return session
 
     def execute(
         self,

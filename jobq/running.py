@@ -7,6 +7,7 @@ import importlib
 import random
 import selectors
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -156,6 +157,15 @@ class Running:
         self.told |= interrupts
         return interrupts
 
+    def start_thread(self, drive: Callable[..., None], *given: Any) -> threading.Thread:
+        """Return a thread that has begun to *drive*; raises `BackendUnavailable` where there is none."""
+        thread = threading.Thread(target=drive, args=given, name="jobq-driver", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise BackendUnavailable(f"the thread that drives the run can't be started: {error}") from error
+        return thread
+
     @contextlib.contextmanager
     def attention(self) -> Iterator[None]:
         """Inside the ``with`` this thread drives, or waits for the driver: each wait ends at a signal."""
@@ -260,16 +270,17 @@ def prepare(
         sum(sizes.values()) + bool(kept),
         [(RECIPE, RECIPE)] if kept else list(first_workers(sizes, producers)),
     )
-    try:
+    with contextlib.ExitStack() as undo, _telling_what_lacks():
         backend = backend_class(plan)  # type: ignore[call-arg]  # a Protocol has no constructor
-    except OSError as error:
-        raise BackendUnavailable(describe_lack(error)) from error
-    try:
+        undo.callback(backend.close)
         watchers = Watchers(list(observers))
         forms = {node.stage.name: JsonForm(node.signature.item_type) for node in graph.consumers()}
         letters = Letters(run_id, name, target, forms)
         if isinstance(sink, Collect):
             sink.codec = backend.codec
+        desk = open_desk(place, threads=backend.codec.encode(place) is place)
+        if desk is not None:
+            undo.callback(desk.close)
         driver = Driver(
             Scheduler(graph, sizes, lanes, machine.chance),
             backend,
@@ -282,7 +293,7 @@ def prepare(
             letter=letters.make,
             ticking=options.progress,
             inlet=make_inlet(graph, backend.codec) if make_inlet is not None else None,
-            desk=open_desk(place, threads=backend.codec.encode(place) is place),
+            desk=desk,
             keeper=RECIPE if kept else None,
             clock=machine.clock,
             selector=machine.selector,
@@ -290,9 +301,7 @@ def prepare(
             leisure=sink if isinstance(sink, Collect) else None,
         )
         driver.scheduler.fed = make_inlet is not None
-    except BaseException:
-        backend.close()
-        raise
+        undo.pop_all()
     running = Running(
         run_id, name, graph, options, backend, driver, sink, letters, watchers, began, machine.clock
     )
@@ -305,6 +314,14 @@ def prepare(
         events.RunStarted(run_id, name, backend.name, backend.start_method, tuple(graph.nodes), wanted)
     )
     return running
+
+
+@contextlib.contextmanager
+def _telling_what_lacks() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BackendUnavailable(describe_lack(error)) from error
 
 
 def _with_source(graph: Graph, source: Source) -> Graph:

@@ -215,8 +215,7 @@ class Session:
         self._inlet.wake = driver.wake
         self._doors = [_Door(self._running.graph, node) for node in _doors(self._running.graph)]
         if self.has_thread:
-            self._thread = threading.Thread(target=self._drive, name="jobq-driver", daemon=True)
-            self._thread.start()
+            self._thread = self._running.start_thread(self._drive)
         else:
             self._inlet.pump = lambda until: self._step(until=until)
             driver.begin()

@@ -103,15 +103,18 @@ class ResultStream(Iterator[Any]):
             self._over = True
             self._cleanup.close()
             raise
-        if running.backend.own_thread:
-            # The thread holds no reference to this stream: one that nobody holds any more is closed.
-            self._thread = threading.Thread(
-                target=_drive, args=(running, self._sink, self._crashes), name="jobq-driver", daemon=True
-            )
-            self._thread.start()
-        else:
+        if not running.backend.own_thread:
             self._cleanup.callback(running.driver.release)
             running.driver.begin()
+            return
+        # The thread holds no reference to this stream: one that nobody holds any more is closed.
+        try:
+            self._thread = running.start_thread(_drive, running, self._sink, self._crashes)
+        except BaseException:
+            self._over = True
+            running.driver.release()
+            self._cleanup.close()
+            raise
 
     def _take(self) -> tuple[str, Block] | None:
         assert self._running is not None

@@ -112,25 +112,30 @@ class Nursery:
         """The process that would take its place."""
         return None if self._spare is None else self._spare.meet()
 
+    def mend(self) -> None:
+        """
+        Replace a keeper that was lost; raises `Stranded` if there can't be another one.
+
+        Called while no channel is open that is to be a worker's: a keeper forked then would hold it open.
+        """
+        if self._lost:
+            self._replace_keeper()
+
     def start(self, name: str, recipe: str, descriptors: list[int]) -> Forked:
         """
         Fork a worker that owns *descriptors* (inbox, outbox, page, arena).
 
         Raises `OSError` if the system has no more processes, memory or descriptors, `NurseryLost` if somebody
-        killed the keeper (try again, with a new channel: a worker may hold this one), and
-        `Stranded` if there can't be another keeper.
+        killed the keeper (`mend`, and try again with a new channel: a worker may hold this one).
         """
         while self._begun:
             self._hear_of_first()
-        if self._lost:
-            self._replace_keeper()
         epitaph, theirs = os.pipe()
         try:
             pid, pidfd = self._keeper.fork(name, recipe, [*descriptors, theirs])
         except BaseException as error:
             os.close(epitaph)
             if isinstance(error, ConnectionError | EOFError | TimeoutError):
-                # Replaced when these descriptors are closed: a keeper forked now would hold them open.
                 self._lost = True
                 raise NurseryLost from error
             raise

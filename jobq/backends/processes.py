@@ -392,6 +392,7 @@ class ProcessBackend:
                 return self._worker(name, channel, partial(self._nursery.take, name))
         for _ in range(TRIES):
             # Each time with a new channel: a worker that was forked all the same holds the old one.
+            self._mend()
             channel = self._open(recipe)
             with contextlib.suppress(NurseryLost):
                 return self._worker(name, channel, partial(self._launch, name, recipe, channel))
@@ -431,14 +432,19 @@ class ProcessBackend:
     def _launch(self, name: str, recipe: str, channel: Channel) -> Process:
         if self._launcher is None:
             assert self._nursery is not None
-            try:
-                return self._nursery.start(name, recipe, channel.given)
-            except Stranded as stranded:
-                self._launcher = self._fork_server(stranded)
+            return self._nursery.start(name, recipe, channel.given)
         process = self._launcher.start(name, recipe, channel.given)
         pickled = self._launcher.recipes[recipe]
         channel.inbox.stream.write([PREFIX.pack(MAGIC, 0, len(pickled)), pickled])
         return process
+
+    def _mend(self) -> None:
+        """Have somebody who starts processes, if the last one was lost."""
+        if self._nursery is not None and self._launcher is None:
+            try:
+                self._nursery.mend()
+            except Stranded as stranded:
+                self._launcher = self._fork_server(stranded)
 
     def _fork_server(self, stranded: Stranded) -> Launcher:
         """Return what starts processes from now on; raises *stranded* if recipes can't be sent there."""
