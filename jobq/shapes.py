@@ -34,6 +34,8 @@ PROTOCOL = 5
 SCALARS = frozenset({int, float, bool, str, bytes, type(None)})
 #: Whether all of some types are scalars: the answer takes no call of ours.
 all_scalars = SCALARS.issuperset
+#: Dicts of so many kinds are known at once; then they are learned anew.
+MOST_HEADS = 256
 #: The opcode by which a pickle names a class. The same byte may stand for something else, too.
 STACK_GLOBAL = b"\x93"
 
@@ -47,7 +49,7 @@ PICKLING = (
     "__getnewargs_ex__",
 )
 
-#: The values of an item, none of which can change; of a dict, its keys and its values.
+#: The values of an item, none of which can change; of a dict, its `Head` and its values.
 Row = tuple[Any, ...]
 Dumps = Callable[[Any], bytes | Slot]
 Encoder = Callable[[Any], bytes | Slot | Row]
@@ -116,24 +118,43 @@ def _model_encoder(shape: Shape, dumps: Dumps) -> Encoder:
     return encode
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Head:
+    """The keys of dicts, and the types of their values: one object for all that have the same."""
+
+    names: tuple[str, ...]
+    types: tuple[type, ...]
+
+    @property
+    def spelled(self) -> str:
+        """The types by name."""
+        return " ".join([kind.__name__ for kind in self.types])
+
+
 class Keys:
     """What dicts with the same keys, all of them strings, in the same order have in common."""
 
     def encoder(self, dumps: Dumps) -> Encoder:
         """Return the function that makes of a dict, as it is now, a row, or a pickle by *dumps*."""
         names: tuple[str, ...] = ()
+        types: tuple[type, ...] = ()  # of the last one's keys and values
+        head = Head((), ())
+        heads: dict[tuple[Any, ...], Head] = {}
         are_strings = frozenset({str}).issuperset
 
         def encode(item: Any) -> bytes | Slot | Row:
-            nonlocal names
+            nonlocal names, types, head
             if type(item) is dict:
                 keys, values = tuple(item), tuple(item.values())
-                if all_scalars(map(type, keys + values)):
-                    if keys == names:  # and so of strings, since no other scalar equals one
-                        return names, values  # the same object for all
-                    if are_strings(map(type, keys)):
-                        names = keys
-                        return names, values
+                kinds = tuple(map(type, keys + values))
+                if keys == names and kinds == types:  # nearly always
+                    return head, values
+                if all_scalars(kinds) and are_strings(kinds[: len(keys)]):
+                    names, types = keys, kinds
+                    if len(heads) > MOST_HEADS:
+                        heads.clear()
+                    head = heads.setdefault((keys, kinds), Head(keys, kinds[len(keys) :]))
+                    return head, values
             return dumps(item)
 
         return encode

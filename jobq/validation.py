@@ -150,6 +150,31 @@ def _is_instance(item: Any, kind: type) -> bool:
     return isinstance(item, kind)
 
 
+#: Annotations that look at the type of a scalar, or not even at that.
+_BARE = (int, float, bool, str, bytes, None, type(None), Any, object)
+
+
+def decided_by_types(annotation: Any) -> bool:
+    """
+    Whether the keys of a dict of scalars and the types of its values say if it is of the annotated type.
+
+    Then what is found right of one such dict is true of all that are like it.
+    """
+    base = plain(annotation)
+    if _metadata(annotation):
+        return False
+    if typing_extensions.is_typeddict(base):
+        return all(_is_bare(kind) for kind, _ in typed_dict_fields(base).values())
+    return base is dict or (typing.get_origin(base) is dict and all(map(_is_bare, typing.get_args(base))))
+
+
+def _is_bare(annotation: Any) -> bool:
+    """Whether an annotation names scalars, or anything, and nothing that looks at their values."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return all(map(_is_bare, typing.get_args(annotation)))
+    return any(annotation is one for one in _BARE)
+
+
 def by_class(kind: type) -> bool:
     """Whether an item's class alone says that it is a *kind*; else its fields have to be looked at."""
     from pydantic import BaseModel

@@ -29,7 +29,7 @@ from typing import Any, ClassVar, Protocol, TypeAlias
 from jobq.arena import LARGE_BYTES, Arena, Lease, Pickled, Place, Slot, Tenant
 from jobq.errors import BrokenChannel
 from jobq.handover import SocketPickler
-from jobq.shapes import SCALARS, Alone, Keys, Row, Shape, builder, maker
+from jobq.shapes import SCALARS, Alone, Head, Keys, Row, Shape, builder, maker
 
 Buffer: TypeAlias = bytes | memoryview
 
@@ -248,7 +248,8 @@ class PackedRows:
     Items that are rows (`jobq.shapes`), `ROWS` pickled together, of which ``low <= i < high`` are meant.
 
     ``ends`` and ``base`` say where each list of rows ends, as in `PackedObjects`. ``whole`` is how many
-    bytes and items the block had before it was cut. ``rows`` are its rows where they were loaded.
+    bytes and items the block had before it was cut. ``types`` are those of every row's values, by name; ""
+    where they differ, or weren't looked at. ``rows`` are its rows where they were loaded.
     """
 
     body: Buffer
@@ -258,6 +259,7 @@ class PackedRows:
     high: int
     shape: bytes
     whole: tuple[int, int]
+    types: str = ""
     rows: list[Row] | None = None
     shared: ClassVar[bool] = False
 
@@ -283,15 +285,15 @@ class PackedRows:
     def take(self, low: int, high: int) -> PackedRows:
         """Return the items ``low <= i < high``, with those that were pickled with them."""
         low, high = self.low + low, self.low + high
-        if self.rows is not None:
-            return PackedRows(self.body, self.ends, self.base, low, high, self.shape, self.whole, self.rows)
-        first, last = low // ROWS, max(low, high - 1) // ROWS
-        ends = self.positions()
-        start, stop = ends[first - 1] if first else self.base, ends[last]
-        body = memoryview(self.body)[start - self.base : stop - self.base]
-        skipped = first * ROWS
-        some = self.ends[first * 8 : (last + 1) * 8]
-        return PackedRows(body, some, start, low - skipped, high - skipped, self.shape, self.whole)
+        body, ends, base, rows = self.body, self.ends, self.base, self.rows
+        if rows is None:
+            first, last = low // ROWS, max(low, high - 1) // ROWS
+            positions = self.positions()
+            start, stop = positions[first - 1] if first else base, positions[last]
+            body = memoryview(body)[start - base : stop - base]
+            ends, base = ends[first * 8 : (last + 1) * 8], start
+            low, high = low - first * ROWS, high - first * ROWS
+        return PackedRows(body, ends, base, low, high, self.shape, self.whole, self.types, rows)
 
     def load(self) -> list[Row]:
         """Return the rows that are meant. Loading them runs nobody's code."""
@@ -309,7 +311,7 @@ class PackedRows:
 
     def header(self) -> tuple[Any, ...]:
         """Return what the other side needs besides the body."""
-        return ("r", self.ends, self.base, self.low, self.high, self.shape, self.whole)
+        return ("r", self.ends, self.base, self.low, self.high, self.shape, self.whole, self.types)
 
 
 @dataclass(slots=True)
@@ -763,18 +765,18 @@ class RowCodec(PickleCodec):
         """Return enough rows of one shape as a block; None if that is not what *pieces* are."""
         if len(pieces) < FEW_ROWS or list(map(type, pieces)).count(tuple) != len(pieces):
             return None
-        ref, rows = self._rows(pieces)
-        return self._packed(ref, rows) if ref else None
+        ref, types, rows = self._rows(pieces)
+        return self._packed(ref, types, rows) if ref else None
 
-    def _rows(self, pieces: Sequence[Row]) -> tuple[bytes, Sequence[Row]]:
-        """Return of what shape all rows are, and their values alone; b"" if they differ."""
+    def _rows(self, pieces: Sequence[Row]) -> tuple[bytes, str, Sequence[Row]]:
+        """Return of what shape and types all rows are, and their values alone; b"" if they differ."""
         raise NotImplementedError
 
     def _pickled(self, row: Row) -> Any:  # bytes or a slot, as `encode`
         """Return a row as it would be pickled alone."""
         raise NotImplementedError
 
-    def _packed(self, ref: bytes, rows: Sequence[Row]) -> PackedRows:
+    def _packed(self, ref: bytes, types: str, rows: Sequence[Row]) -> PackedRows:
         file = io.BytesIO()
         pickler = pickle.Pickler(file, PROTOCOL)
         pickler.fast = True  # no memo: what is in a row refers to nothing
@@ -784,7 +786,7 @@ class RowCodec(PickleCodec):
             ends.append(file.tell())
         body = file.getvalue()
         self._row_bytes = len(body) // len(rows)
-        return PackedRows(body, ends.tobytes(), 0, 0, len(rows), ref, (len(body), len(rows)))
+        return PackedRows(body, ends.tobytes(), 0, 0, len(rows), ref, (len(body), len(rows)), types)
 
 
 class ShapedCodec(RowCodec):
@@ -795,8 +797,8 @@ class ShapedCodec(RowCodec):
         self._ref = shape.ref
         self.encode = shape.encoder(self.sockets.dumps)
 
-    def _rows(self, pieces: Sequence[Row]) -> tuple[bytes, Sequence[Row]]:
-        return self._ref, pieces
+    def _rows(self, pieces: Sequence[Row]) -> tuple[bytes, str, Sequence[Row]]:
+        return self._ref, "", pieces
 
     def _pickled(self, row: Row) -> Any:
         return self.sockets.dumps(row)
@@ -820,14 +822,16 @@ class KeyedCodec(RowCodec):
         """Return the bytes of one piece; keys are said once for many."""
         return super().size(piece[1] if type(piece) is tuple else piece)
 
-    def _rows(self, pieces: Sequence[Row]) -> tuple[bytes, Sequence[Row]]:
-        names = pieces[0][0]
-        if not names or list(map(itemgetter(0), pieces)).count(names) != len(pieces):
-            return b"", pieces
-        return self._ref(names), list(map(itemgetter(1), pieces))
+    def _rows(self, pieces: Sequence[Row]) -> tuple[bytes, str, Sequence[Row]]:
+        heads: list[Head] = list(map(itemgetter(0), pieces))
+        names, alike = heads[0].names, heads.count(heads[0]) == len(heads)
+        if not names or not (alike or all(head.names == names for head in set(heads))):
+            return b"", "", pieces
+        return self._ref(names), heads[0].spelled if alike else "", list(map(itemgetter(1), pieces))
 
     def _pickled(self, row: Row) -> Any:
-        return self.sockets.dumps(dict(zip(*row, strict=True)))
+        head, values = row
+        return self.sockets.dumps(dict(zip(head.names, values, strict=True)))
 
 
 def length_of(values: Sequence[Any]) -> int:

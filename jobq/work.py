@@ -33,14 +33,15 @@ from jobq.failure import JsonForm, failure_of, pickling_hint, refusal, safe_repr
 from jobq.locks import inside, join, joined
 from jobq.outbox import DONE, FAILED, FILTERED, ManyRoutes, NoTaker, OneRoute, Outbox, Packer, Piece, Tally
 from jobq.retirement import Retirement
-from jobq.shapes import SCALARS, Keys, shape_of
+from jobq.shapes import MOST_HEADS, SCALARS, Keys, shape_of
 from jobq.shared import Proxy
 from jobq.stage import Job, Resource, Shard, Stage
-from jobq.validation import Router, Validator
+from jobq.validation import Router, Validator, decided_by_types
 from jobq.wire import (
     CHUNK_BYTES,
     PLACED_WEIGHT,
     TEXTS,
+    Block,
     Chunk,
     Codec,
     Failure,
@@ -437,6 +438,8 @@ class Intake:
         #: The name of the scalar type that was seen to be right when the items were packed.
         self._known = signature.item_type.__name__ if signature.item_type in SCALARS else None
         self._spelled = spell(signature.item_type)
+        self._by_types = decided_by_types(signature.item_type)
+        self._good: set[tuple[bytes, str]] = set()  # shapes of rows, and types of their values
 
     def open(self, chunk: Chunk) -> tuple[list[Any], dict[int, str]]:
         """Return a chunk's items, and what is wrong with some of them, by index."""
@@ -447,14 +450,27 @@ class Intake:
             items = codec.decode(parts[0].block)
         else:
             items = [item for part in parts for item in codec.decode(part.block)]
-        known = self._known is not None and all(
-            type(part.block) is PackedScalars and part.block.only == self._known for part in parts
-        )
-        bad = {} if known or self._validator is None else self._validator.check(items)
+        bad: dict[int, str] = {}
+        if self._validator is not None and not all(self._is_known(part.block) for part in parts):
+            bad = self._validator.check(items)
+            if self._by_types and not bad:
+                self._learn(parts)
         page[DECODING] = IDLE
         if bad or codec.undecoded != before:
             return items, self._explain(items, bad)
         return items, bad
+
+    def _is_known(self, block: Block) -> bool:
+        """Whether the items' types, which were seen when they were packed, are known to be right."""
+        if type(block) is PackedRows:
+            return (block.shape, block.types) in self._good
+        return type(block) is PackedScalars and block.only == self._known
+
+    def _learn(self, parts: Iterable[Part]) -> None:
+        """Remember what was found right: what is like it need not be looked at again."""
+        for part in parts:
+            if isinstance(part.block, PackedRows) and part.block.types and len(self._good) < MOST_HEADS:
+                self._good.add((part.block.shape, part.block.types))
 
     def open_one(self, part: Part, offset: int) -> tuple[Any, str | None]:
         """Return one job's item, and what is wrong with it."""

@@ -9,13 +9,14 @@ import random
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from jobq import Job, JobsFailed, Pipeline
-from jobq.shapes import Keys, Shape, shape_of
+from jobq.shapes import MOST_HEADS, Keys, Shape, shape_of
+from jobq.validation import Validator
 from jobq.wire import (
     FEW_ROWS,
     WIDE_BYTES,
@@ -29,6 +30,7 @@ from jobq.wire import (
     pack,
     unpack,
 )
+from tests.test_work import Bench
 
 
 @dataclass
@@ -270,3 +272,105 @@ def test_rows_are_retried_and_become_dead_letters_as_they_came(backend: str) -> 
     ]
     assert sorted(point.x for point in report.results) == [n for n in range(500) if n not in dead]
     assert all(point.y == str(point.x) for point in report.results)
+
+
+# --- validation by types that were seen when the rows were packed ---------------------------------
+
+
+class Fields(TypedDict):
+    x: int | None
+    y: NotRequired[str]
+
+
+class Positive(TypedDict):
+    x: Annotated[int, Field(gt=0)]
+
+
+def rows_of(*values: Any) -> list[dict[str, Any]]:
+    """Return enough dicts for rows to leave together."""
+    return [{"x": value} for value in values * 10]
+
+
+def take_numbers(item: dict[str, int | str]) -> None: ...
+def take_anything(item: dict[str, Any]) -> None: ...
+def take_fields(item: Fields) -> None: ...
+def take_positive(item: Positive) -> None: ...
+def take_bounded(item: dict[str, Annotated[int, Field(gt=0)]]) -> None: ...
+def take_literal(item: dict[str, Literal[1, 2]]) -> None: ...
+
+
+@pytest.fixture
+def judged(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many items were validated at a time."""
+    counts: list[int] = []
+    check = Validator.check
+
+    def counting(validator: Validator, items: list[Any]) -> dict[int, str]:
+        counts.append(len(items))
+        return check(validator, items)
+
+    monkeypatch.setattr(Validator, "check", counting)
+    return counts
+
+
+@pytest.mark.parametrize("function", [take_numbers, take_anything, take_fields])
+def test_dicts_whose_types_were_found_right_are_not_looked_at_again(
+    function: Callable[[Any], None], judged: list[int]
+) -> None:
+    with Bench(function, codec_for({})) as bench:
+        for low in range(3):
+            (answer,) = bench.do(*rows_of(low, low + 1))
+            assert not answer.failures
+
+        assert judged == [20]
+        bench.do(*rows_of(None) if function is take_fields else rows_of("text"))
+        assert judged == [20, 10], "other types, other dicts"
+        bench.do(*rows_of(1, "text"))
+        assert judged[2:] == [20], "mixed ones"
+
+
+@pytest.mark.parametrize("function", [take_positive, take_bounded, take_literal])
+def test_where_values_count_every_dict_is_looked_at(
+    function: Callable[[Any], None], judged: list[int]
+) -> None:
+    with Bench(function, codec_for({})) as bench:
+        (good,) = bench.do(*rows_of(1, 2))
+        (bad,) = bench.do(*rows_of(1, -2))
+
+    assert judged == [20, 20]
+    assert not good.failures
+    assert [failure.index for failure in bad.failures] == list(range(1, 20, 2))
+
+
+@pytest.mark.parametrize("wrong", [2.5, None, b"", True], ids=repr)  # a bool is no number
+def test_what_was_right_once_makes_nothing_else_right(wrong: Any) -> None:
+    with Bench(take_numbers, codec_for({})) as bench:
+        bench.do(*rows_of(1))
+        bench.do(*rows_of("text"))
+        (mixed,) = bench.do(*rows_of(1, wrong))
+        (alike,) = bench.do(*rows_of(wrong))
+        (again,) = bench.do(*rows_of(wrong))
+
+    assert [failure.index for failure in mixed.failures] == list(range(1, 20, 2))
+    assert len(alike.failures) == len(again.failures) == 10
+
+
+def test_other_keys_are_other_dicts(judged: list[int]) -> None:
+    with Bench(take_fields, codec_for({})) as bench:
+        bench.do(*rows_of(1))
+        (answer,) = bench.do(*[{"z": 1}] * 10)
+
+    assert judged == [10, 10]
+    assert len(answer.failures) == 10
+
+
+def test_dicts_of_many_kinds_arrive_as_they_were() -> None:
+    kinds: list[Any] = [1, 1.5, "a", b"b", True, None]
+    items = [
+        {f"k{number % 50}": kinds[number % 6], "other": kinds[number % 5]} for number in range(3 * MOST_HEADS)
+    ]
+    codec = codec_for({})
+
+    arrived = codec.decode(codec.block([codec.encode(item) for item in items]))
+
+    assert list(map(described, arrived)) == list(map(described, items))

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from jobq import Job, JobqError, JoinTimeout, PayloadError, Pipeline, RunFailed, Skip, WorkerLost
+from jobq.errors import BackendUnavailable
 from jobq.letters import RemoteTraceback
 from jobq.session import JobFuture, Session
 from tests.test_deaths import DeadlyToLoad, die, until
@@ -124,6 +125,59 @@ def is_waiting(thread: threading.Thread, function: str) -> bool:
         names.append(frame.f_code.co_name)
         frame = frame.f_back
     return bool(names) and names[0] == "wait" and function in names
+
+
+@pytest.mark.parametrize("backend", ["pipe", "thread"])
+@pytest.mark.parametrize("how", ["open", "stream"])
+def test_where_no_thread_can_drive_nothing_is_left(
+    backend: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = Pipeline("test")
+
+    @pipeline.producer
+    def numbers() -> Iterator[int]:
+        yield from range(3)
+
+    @pipeline.consumer
+    def take(i: int) -> int:
+        return i
+
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "jobq-driver":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+
+    with pytest.raises(BackendUnavailable, match="the thread that drives the run can't be started"):
+        if how == "open":
+            pipeline.open(backend=backend)
+        else:
+            next(pipeline.stream(backend=backend))
+
+
+def test_a_signal_while_a_session_is_made_strikes_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pipeline = Pipeline("test")
+
+    @pipeline.consumer
+    def take(i: int) -> int:
+        return i
+
+    def fork() -> int:
+        pid = real()
+        if pid:
+            signal.raise_signal(signal.SIGINT)
+        return pid
+
+    real = os.fork
+    monkeypatch.setattr(os, "fork", fork)
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.open()
 
 
 # --- submit and result ---------------------------------------------------------------------------

@@ -278,6 +278,18 @@ def test_the_first_stop_finishes_what_was_accepted_and_shows_what_remains(
     assert run.letters() == []
 
 
+def test_signals_that_come_all_at_once_do_not_end_a_run_as_if_it_were_done(
+    backend: str, start: Start
+) -> None:
+    run = start(backend, "-p", "count=5", "-p", "then=block")
+    run.shows("<given>")
+
+    for number in (signal.SIGSTOP, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCONT):
+        run.send(number)  # those between the two are heard in one moment
+
+    assert run.ends_somehow() in (130, 143, 129)
+
+
 @pytest.mark.parametrize("how", ["keyboard", "SIGTERM"])
 def test_a_stop_after_the_producers_end_is_no_failure(
     backend: str, how: str, start: Start, gate: Gate

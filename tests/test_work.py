@@ -808,6 +808,25 @@ def test_nobody_who_closes_a_flusher_waits_for_its_next_look(
     assert not thread.is_alive()
 
 
+def test_a_flusher_that_is_closed_while_it_falls_asleep_ends() -> None:
+    class Armed(threading.Event):
+        def clear(self) -> None:
+            """Be closed by somebody at the worst moment."""
+            flusher._ended = True
+            self.set()
+            super().clear()
+
+    flusher = Flusher(lambda: False, lambda: False)
+    flusher._armed = Armed()
+    flusher.arm()
+    thread = flusher._thread
+    assert thread is not None
+
+    thread.join(30)
+
+    assert not thread.is_alive()
+
+
 def test_what_is_done_waits_for_nobody_where_the_next_stage_starves(codec: Codec) -> None:
     def work(i: int) -> int:
         bench.work._outbox._look()  # type: ignore[attr-defined]  # as the flusher would
