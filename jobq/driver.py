@@ -1007,9 +1007,8 @@ class Driver:
         self._closing = True
         self.ending.deadline = min(self.ending.deadline, now + self._shutdown_timeout)
         for pool in self.pools.values():
-            pool.close()
             for member in pool.members:
-                self._watch(member)
+                self._let_go(member)
 
     def _halt(self) -> None:
         """Start nothing new: jobs in progress finish, the rest will be cancelled."""
@@ -1033,9 +1032,8 @@ class Driver:
             for pool in self.pools.values():
                 pool.stop_giving()
             for pool in self._producers:
-                pool.close()
                 for member in pool.members:
-                    self._watch(member)
+                    self._let_go(member)
         reason = REASONS.get(signal, f"signal {signal}")
         workers = sum(len(pool.members) for pool in self.pools.values())
         # Where jobs run in this very thread nobody can end its wait when the time is over.

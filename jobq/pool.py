@@ -216,13 +216,6 @@ class Pool:
         self._settled_at_death = finished
         return self._deaths
 
-    def close(self) -> None:
-        """Tell every worker that no more orders come."""
-        for member in self.members:
-            if not member.closing:
-                member.closing = True
-                member.worker.close()
-
     def stop_giving(self) -> None:
         """Let producers end at their next yield, and say to all that the run is being stopped."""
         for member in self.members:

@@ -99,22 +99,18 @@ class ResultStream(Iterator[Any]):
             self._cleanup.callback(running.driver.close)
             self._sink.wake = running.driver.wake
             ladder.lead(running.climb)
+            if running.backend.own_thread:
+                # It holds no reference to this stream: one that nobody holds any more is closed.
+                self._thread = running.start_thread(_drive, running, self._sink, self._crashes)
         except BaseException:
             self._over = True
+            if self._running is not None:
+                self._running.driver.release()
             self._cleanup.close()
             raise
-        if not running.backend.own_thread:
+        if self._thread is None:
             self._cleanup.callback(running.driver.release)
             running.driver.begin()
-            return
-        # The thread holds no reference to this stream: one that nobody holds any more is closed.
-        try:
-            self._thread = running.start_thread(_drive, running, self._sink, self._crashes)
-        except BaseException:
-            self._over = True
-            running.driver.release()
-            self._cleanup.close()
-            raise
 
     def _take(self) -> tuple[str, Block] | None:
         assert self._running is not None

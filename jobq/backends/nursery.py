@@ -31,7 +31,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from multiprocessing.context import ForkProcess
 from types import MappingProxyType
@@ -132,12 +132,10 @@ class Nursery:
             self._hear_of_first()
         epitaph, theirs = os.pipe()
         try:
-            pid, pidfd = self._keeper.fork(name, recipe, [*descriptors, theirs])
-        except BaseException as error:
+            with self._noticing_a_loss():
+                pid, pidfd = self._keeper.fork(name, recipe, [*descriptors, theirs])
+        except BaseException:
             os.close(epitaph)
-            if isinstance(error, ConnectionError | EOFError | TimeoutError):
-                self._lost = True
-                raise NurseryLost from error
             raise
         finally:
             os.close(theirs)
@@ -159,16 +157,24 @@ class Nursery:
         """Wait for what became of the next of the first workers."""
         name = next(iter(self._begun))
         try:
-            pid, pidfd = self._keeper.forked(name)
-        except (ConnectionError, EOFError, TimeoutError) as error:
-            self._lost = True
+            with self._noticing_a_loss():
+                pid, pidfd = self._keeper.forked(name)
+        except NurseryLost:
             self._forget_begun()
-            raise NurseryLost from error
+            raise
         except OSError as error:
             os.close(self._begun.pop(name))
             self._taken[name] = error
         else:
             self._taken[name] = Forked(pid, pidfd, self._begun.pop(name))
+
+    @contextlib.contextmanager
+    def _noticing_a_loss(self) -> Iterator[None]:
+        try:
+            yield
+        except (ConnectionError, EOFError, TimeoutError) as error:
+            self._lost = True
+            raise NurseryLost from error
 
     def _forget_begun(self) -> None:
         begun, self._begun = self._begun, {}
