@@ -657,6 +657,32 @@ def test_a_file_that_the_driver_holds_open_is_written_once_by_each(tmp_path: Pat
     assert path.read_text().splitlines() == ["the driver's", "1", "2"]
 
 
+SEARCHES = """
+import sys
+from jobq import backends
+from jobq.backend import Plan
+from jobq.backends import child
+from jobq.testing import Recipe, echo
+
+found = []
+search = child.open_files
+child.open_files = lambda: found.append(search()) or found[-1]
+plan = Plan({"echo": Recipe(echo)}, "fork", first=[("echo-1", "echo")])
+backends.load("joinable")(plan).close()
+print(len(found))
+with open(sys.argv[1], "w") as file:
+    backends.load("joinable")(plan).close()
+    print(file in found[0])
+"""
+
+
+def test_all_objects_are_searched_for_open_files_only_where_one_is_open(tmp_path: Path) -> None:
+    program = [sys.executable, "-c", SEARCHES, str(tmp_path / "file")]
+    done = subprocess.run(program, capture_output=True, text=True, check=True, timeout=60)
+
+    assert done.stdout.split() == ["0", "True"]
+
+
 @pytest.mark.parametrize("start_method", START_METHODS)
 @pytest.mark.parametrize("daemon", [True, False])
 def test_a_worker_is_a_daemon_of_its_name_unless_told_not_to_be(start_method: str, daemon: bool) -> None:

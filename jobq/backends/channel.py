@@ -30,6 +30,8 @@ MOST_BUFFERS = 1024
 #: Larger pipes save wake-ups. Not larger still: past 64 MiB of pipes the kernel gives an ordinary user,
 #: and his other programs with him, pipes of two pages only.
 PIPE_SIZE = 256 * 1024
+#: How the system's list of open files calls memory that jobq shares: pages and arenas.
+OUR_MEMORY = "/memfd:jobq-"
 
 
 class Incoming:
