@@ -16,9 +16,9 @@ from jobq.wire import Block, Codec
 Takers: TypeAlias = tuple[tuple[str, tuple[Any, ...] | None], ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Entry:
-    """One submitted item on its way to the driver."""
+    """One submitted item on its way to the driver. Nobody changes it."""
 
     takers: Takers
     piece: Any
@@ -74,39 +74,40 @@ class Inlet:
                 if self.pump is None:
                     self._changed.wait()
                 return False
+            self._coming.append(entry)  # before it takes room: see `_knows_enough`
+            size = self._codec.size(entry.piece)
             for name in names:
                 self._room[name] -= 1
-                self._room_bytes[name] -= self._codec.size(entry.piece)
-            self._coming.append(entry)
+                self._room_bytes[name] -= size
             if not self._told:
                 self._told = True
                 self.wake()
             return True
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing has come; whoever changes that wakes the driver afterwards."""
+        return not self._coming
+
     def take(self) -> Iterable[tuple[Takers, Block, tuple[int, ...]]]:
         """Yield what has come, items in a row with the same takers as one block."""
-        if not self._coming:  # whoever appends wakes the driver afterwards
-            return
         with self._changed:
             coming, self._coming = self._coming, deque()
             self._told = False
         while coming:
-            names = [name for name, _ in coming[0].takers]
             row = [coming.popleft()]
-            while coming and [name for name, _ in coming[0].takers] == names:
+            while coming and _go_together(coming[0], row[0]):
                 row.append(coming.popleft())
-            takers = tuple(
-                (name, None if row[0].takers[place][1] is None else tuple(_keys(row, place)))
-                for place, name in enumerate(names)
-            )
             yield (
-                takers,
+                row[0].takers if len(row) == 1 else _with_all_keys(row),
                 self._codec.block([entry.piece for entry in row]),
-                tuple(entry.root for entry in row),
+                tuple([entry.root for entry in row]),
             )
 
     def allow(self, name: str, room: int, room_bytes: int = 1 << 62) -> None:
         """Take it from the driver that so many items, and bytes, more may come to a stage."""
+        if not self._asked and self._knows_enough(name, room, room_bytes):
+            return
         with self._changed:
             coming = [entry.piece for entry in self._coming for taker, _ in entry.takers if taker == name]
             self._room[name] = room - len(coming)
@@ -114,6 +115,13 @@ class Inlet:
             if self._asked and self._room[name] > 0 and self._room_bytes[name] > 0:
                 self._asked = False
                 self._changed.notify_all()
+
+    def _knows_enough(self, name: str, room: int, room_bytes: int) -> bool:
+        """Whether what it knows is no more than there is, and not so little that it will soon be asked."""
+        if self._coming:  # looked at first, and without a lock: what comes from now on takes of what is known
+            return False
+        known, known_bytes = self._room[name], self._room_bytes[name]
+        return room // 2 < known <= room and room_bytes // 2 < known_bytes <= room_bytes
 
     def settle(self, settled: Iterable[tuple[int, Fate]]) -> None:
         """Pass on what became of source items."""
@@ -128,6 +136,21 @@ class Inlet:
                 self.wake()
                 self.wake = lambda: None
             self._changed.notify_all()
+
+
+def _go_together(one: Entry, other: Entry) -> bool:
+    """Whether two items are taken by the same stages."""
+    if one.takers is other.takers:  # nearly always, where no stage has a key
+        return True
+    return [name for name, _ in one.takers] == [name for name, _ in other.takers]
+
+
+def _with_all_keys(row: Sequence[Entry]) -> Takers:
+    """Return the takers of the items of a row, with the keys of all."""
+    return tuple(
+        (name, None if keys is None else tuple(_keys(row, place)))
+        for place, (name, keys) in enumerate(row[0].takers)
+    )
 
 
 def _keys(row: Sequence[Entry], place: int) -> Iterable[Any]:

@@ -44,9 +44,10 @@ class Lineage:
     def __len__(self) -> int:
         return len(self._fates)
 
-    def begin(self, root: int) -> None:
-        """Follow a source item from now on; it is held until `end` is called for it once."""
-        self._fates[root] = Fate(open=1)
+    def begin(self, roots: Iterable[int]) -> None:
+        """Follow source items from now on; each is held until `end` is called for it once."""
+        for root in roots:
+            self._fates[root] = Fate(open=1)
 
     def family(self, roots: Iterable[int]) -> int:
         """Return the number that stands for all of *roots*; `forget` it when its descendants were added."""

@@ -59,13 +59,22 @@ class Flight:
             yield part, low - start, stop - start
             low, at = stop, at + 1
 
-    def parts(self, ranges: Iterable[tuple[int, int]]) -> list[Part]:
+    def parts(self, ranges: Sequence[tuple[int, int]]) -> list[Part]:
         """Return the jobs of *ranges* as parts."""
+        if len(ranges) == 1 and ranges[0] == (0, self.chunk.count):  # nearly always
+            return list(self.chunk.parts)
         return [part.take(a, b) for low, high in ranges for part, a, b in self.spans(low, high)]
 
     def job(self, index: int) -> Part:
         """Return one job."""
         return self.parts([(index, index + 1)])[0]
+
+    def roots(self, indices: Iterable[int]) -> tuple[int, ...]:
+        """Return the source items that jobs descend from, where these are followed."""
+        if len(self.chunk.parts) == 1:
+            roots = self.chunk.parts[0].roots or ()
+            return tuple([roots[index] for index in indices])
+        return tuple([(self.job(index).roots or (-1,))[0] for index in indices])
 
     def close(self, low: int, high: int) -> Ranges:
         """Take ``low <= index < high`` out of ``open``; return those that were open."""
@@ -198,6 +207,7 @@ class Line:
     # What is read of the declaration at every step:
     is_producer: bool = field(init=False)  # no inputs
     batch: int | None = field(init=False, default=None)  # items of one call, if the stage takes lists
+    rate: float | None = field(init=False, default=None)  # calls a second, at most
     queue_size: int = field(init=False, default=0)  # what may wait; 0 at a producer
     queue_bytes: int = field(init=False, default=0)
     size_is_given: bool = field(init=False, default=False)
@@ -207,6 +217,7 @@ class Line:
         if not self.is_producer:
             options = self.node.stage.consumer
             self.batch = options.batch
+            self.rate = options.rate
             self.queue_size = max(options.queue_size, options.batch or 0)
             self.queue_bytes = options.queue_bytes
             self.size_is_given = "queue_size" in options.model_fields_set
@@ -387,6 +398,7 @@ class Scheduler:
         now: float,
     ) -> None:
         """Queue items that came from outside at each of *takers*, and follow them."""
+        self.lineage.begin(roots)
         for line, keys in takers:
             self.accept(line, block, keys, roots, now)
         self.lineage.end(roots, counts=False)
@@ -453,7 +465,7 @@ class Scheduler:
         if limit <= 0:
             return None
         flights = line.flights.setdefault(worker, {})
-        if any(flight.solo for flight in flights.values()):
+        if flights and any(flight.solo for flight in flights.values()):
             return None
         solo = bool(line.solo)
         if solo:
@@ -471,7 +483,7 @@ class Scheduler:
         number = line.sent.get(worker, 0)
         line.sent[worker] = number + count
         chunk = Chunk(number, tuple(parts), count)
-        starts = [0, *accumulate(part.block.count for part in parts[:-1])]
+        starts = [0, *accumulate([part.block.count for part in parts[:-1]])]
         flights[number] = Flight(chunk, [(0, count)], starts, solo)
         line.queued -= count
         line.queued_bytes -= nbytes
@@ -640,9 +652,9 @@ class Scheduler:
         line.flying -= count
         line.loads[worker] -= count
         if count == flight.chunk.count:
-            line.flying_bytes -= sum(part.block.nbytes for part in flight.chunk.parts)
+            line.flying_bytes -= sum([part.block.nbytes for part in flight.chunk.parts])
         else:
-            line.flying_bytes -= sum(part.block.nbytes for part in flight.parts(ranges))
+            line.flying_bytes -= sum([part.block.nbytes for part in flight.parts(ranges)])
         if not line.flying:
             line.flying_bytes = 0  # parts of scalars share their body's bytes only roughly
         if line.sequencer is None:
@@ -705,7 +717,7 @@ class Scheduler:
             if family is not None:
                 roots = (family,) * len(parents)
             elif tracked:
-                roots = tuple(self._root(flight, parent) for parent in parents)
+                roots = flight.roots(parents)
             if sequencer is None:
                 self.emit(line, output, roots, now)
                 continue
@@ -732,11 +744,6 @@ class Scheduler:
         if line.batch is None:
             return None
         return self.lineage.family(root for part in flight.chunk.parts for root in part.roots or ())
-
-    @staticmethod
-    def _root(flight: Flight, index: int) -> int:
-        roots = flight.job(index).roots
-        return roots[0] if roots else -1
 
     def _failed(self, line: Line, worker: str, flight: Flight, failure: Failure) -> list[tuple[float, Part]]:
         """Settle a failed job: return it with its delay if it is to be tried again."""
@@ -986,9 +993,9 @@ class Scheduler:
             else:
                 line.waiting.extend(parts)
 
-    def next_due(self, line: Line) -> float | None:
-        """Return when the next delayed job is due."""
-        return line.delayed[0][0] if line.delayed else None
+    def next_due(self, line: Line) -> float:
+        """Return when the next of the delayed jobs is due."""
+        return line.delayed[0][0]
 
     def upstream_quiet(self, line: Line) -> bool:
         """Whether nothing can arrive at *line* before it acts itself."""

@@ -524,15 +524,17 @@ class Session:
         """Return when *future* is done; raises `concurrent.futures.TimeoutError`."""
         deadline = None if timeout is None else time.monotonic() + timeout
         if self.has_thread:
-            with contextlib.suppress(CancelledError):
-                while not Future.done(future):
-                    rest = HEED_SECONDS if deadline is None else deadline - time.monotonic()
-                    try:
-                        Future.result(future, max(0.0, min(rest, HEED_SECONDS)))
-                    except FutureTimeout:
-                        if deadline is not None and time.monotonic() >= deadline:
-                            raise
-            return
+            while True:
+                rest = HEED_SECONDS if deadline is None else deadline - time.monotonic()
+                try:
+                    Future.result(future, max(0.0, min(rest, HEED_SECONDS)))
+                except FutureTimeout:
+                    if deadline is not None and time.monotonic() >= deadline and not Future.done(future):
+                        raise
+                except CancelledError:
+                    return
+                else:
+                    return
         self.drive_until(lambda: Future.done(future), deadline)
         if not Future.done(future):
             raise FutureTimeout
@@ -785,9 +787,15 @@ class _Door:
         self._checks = {
             name: Validator(graph.nodes[name].signature.item_type) for name in dict.fromkeys(_takers(node))
         }
+        # The same object for all items: those in a row are queued together.
+        self._only_taker: Takers = ()
+        if self._router is None and node.stage.consumer.key is None:
+            self._only_taker = ((node.stage.name, None),)
 
     def takers(self, item: Any) -> Takers:
         """Return those that take *item*, with its keys; none if it fits none of them."""
+        if self._only_taker:
+            return self._only_taker if self._checks[self._node.stage.name].fits(item) else ()
         names = self._names(item)
         if not any(self._checks[name].fits(item) for name in names):
             return ()

@@ -967,8 +967,10 @@ def _unpack_chunk(fields: Sequence[Any], bodies: _Bodies) -> Chunk:
     return Chunk(
         number,
         tuple(
-            Part(first, _unpack_block(block, bodies), attempt, delivery, keys)
-            for first, attempt, delivery, keys, block in parts
+            [
+                Part(first, _unpack_block(block, bodies), attempt, delivery, keys)
+                for first, attempt, delivery, keys, block in parts
+            ]
         ),
         count,
     )
@@ -998,10 +1000,12 @@ def _unpack_answer(fields: Sequence[Any], bodies: _Bodies) -> Answer:
         final,
         settled,
         filtered,
-        tuple(Failure(*failure) for failure in failures),
+        tuple([Failure(*failure) for failure in failures]),
         tuple(
-            Output(route, _unpack_block(block, bodies), parents, keys)
-            for route, parents, keys, block in outputs
+            [
+                Output(route, _unpack_block(block, bodies), parents, keys)
+                for route, parents, keys, block in outputs
+            ]
         ),
         Totals(*totals),
         *tail,

@@ -13,8 +13,8 @@ def failure(text: str) -> Failure:
 def entered(*roots: int, jobs: int = 1) -> Lineage:
     """Return a lineage in which each of *roots* has so many jobs."""
     lineage = Lineage()
+    lineage.begin(roots)
     for root in roots:
-        lineage.begin(root)
         lineage.add([root] * jobs)
     lineage.end(roots, counts=False)
     return lineage
