@@ -26,6 +26,7 @@ from jobq.keeper import RECIPE, KeeperRecipe
 from jobq.ladder import waking
 from jobq.letters import Letters, cannot_be_loaded
 from jobq.locks import open_desk
+from jobq.observe import somebody_listens
 from jobq.options import RunOptions, Workers
 from jobq.outcome import Outcome
 from jobq.policy import Uniform
@@ -223,6 +224,8 @@ def prepare(
     if any(count > 1 for count in lanes.values()):
         # Imported once, not by every worker that is forked: it brings asyncio.
         importlib.import_module("jobq.lanes")
+    if (log is not None or somebody_listens()) and any(map(_takes_its_job, graph.nodes.values())):
+        importlib.import_module("structlog")  # likewise: they may log
     run_id = machine.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     # Consumers' workers are all alike, and how many there will be may not be known yet.
     numbers = {
@@ -314,6 +317,10 @@ def prepare(
         events.RunStarted(run_id, name, backend.name, backend.start_method, tuple(graph.nodes), wanted)
     )
     return running
+
+
+def _takes_its_job(node: Node) -> bool:
+    return any(binding.kind == "job" for binding in node.signature.bindings)
 
 
 @contextlib.contextmanager

@@ -141,6 +141,31 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
     assert loaded & {"rich", "structlog", "multiprocessing", "asyncio"} == set()
 
 
+def test_a_run_imports_what_it_needs_only(tmp_path: Path) -> None:
+    (tmp_path / "pipeline.py").write_text(
+        "from jobq import Pipeline\n"
+        "pipeline = Pipeline('test')\n"
+        "@pipeline.producer\n"
+        "def numbers() -> list[int]:\n"
+        "    return [1]\n"
+        "@pipeline.consumer\n"
+        "def take(number: int) -> None: ...\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "jobq.cli", "run", "pipeline.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+
+    assert '"event": "run ' in done.stderr  # it has logged
+    loaded = {line.split("|")[2].strip() for line in done.stderr.splitlines() if line.count("|") == 2}
+    assert "pydantic" in loaded
+    assert loaded & {"rich", "structlog", "asyncio"} == set()
+
+
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help_lists_the_commands(flag: str) -> None:
     result = jobq(flag)

@@ -41,7 +41,7 @@ def observing(options: RunOptions) -> Iterator[list[Observer]]:
     """
     settings = options.log_level or options.log_format
     if not (settings or options.progress or somebody_listens()):
-        yield []  # and nothing is imported: structlog alone takes longer than many a run
+        yield []  # and nothing is imported
         return
     from jobq.observe.events_log import LogObserver
     from jobq.observe.log import configure

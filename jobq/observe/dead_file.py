@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from jobq.events import Event, JobDead, RunEnded
-from jobq.observe.log import logger
+from jobq.observe.log import tell
 from jobq.observe.text import write_all
 from jobq.options import dead_letter_path
 
@@ -60,9 +60,11 @@ class DeadLetterFile:
     def _failed(self, error: OSError) -> None:
         self.unwritten += 1
         if self.unwritten == 1:
-            logger(run=self._run).error(
+            tell(
+                "error",
                 f"dead letters can't be written to {self.path}: {error.strerror or error}; "
-                "the report has the first 10,000 of them"
+                "the report has the first 10,000 of them",
+                run=self._run,
             )
 
 

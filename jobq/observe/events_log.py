@@ -16,7 +16,7 @@ from jobq.events import (
     WorkerLostEvent,
     WorkerStarted,
 )
-from jobq.observe.log import SAID, logger
+from jobq.observe.log import tell
 from jobq.report import DeadLetter
 
 #: So many failed jobs, and so many retries, are told one by one; the others are counted.
@@ -39,7 +39,7 @@ class LogObserver:
     """Writes what happens to jobq's log: one line per event, the first ten failures with traceback."""
 
     def __init__(self) -> None:
-        self._log: Any = logger()  # Any: a bound logger has whatever methods its wrapper gives it
+        self._fields: dict[str, Any] = {}  # of every line
         self._failed = 0
         self._retried = 0
         self._cancelled = 0
@@ -49,7 +49,7 @@ class LogObserver:
     def __call__(self, event: Event) -> None:
         match event:
             case RunStarted():
-                self._log = logger(run=event.run)
+                self._fields = {"run": event.run}
                 self._say("info", _started(event), pipeline=event.pipeline, backend=event.backend)
             case WorkerLostEvent():
                 about = {"stage": event.stage, "worker": event.worker, "pid": event.pid}
@@ -78,7 +78,7 @@ class LogObserver:
                 self._left(event)
 
     def _say(self, level: str, sentence: str, /, **said: Any) -> None:
-        getattr(self._log, level)(sentence, **{SAID: said})
+        tell(level, sentence, said, **self._fields)
 
     def _told_once(self, below: dict[str, str]) -> dict[str, str]:
         """Return *below* without a traceback that was told: replacements end as those that they replace."""

@@ -1,5 +1,5 @@
 """
-jobq's own log, and the jobs' (``job.log``): structlog on top of the standard logger "jobq".
+jobq's own log (`tell`), and the jobs' (``job.log``, structlog): both on top of the standard logger "jobq".
 
 An embedding program's logging is left alone: nothing is configured here until `configure` is called,
 and then only the logger "jobq" is.
@@ -15,17 +15,15 @@ import sys
 import time
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
-from typing import IO, Any, Literal
-
-import structlog
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 from jobq.observe.text import plain, safe_repr, write
 
+if TYPE_CHECKING:
+    import structlog
+
 #: Where the cursor stands while a live display is drawn, this clears it.
 CLEAR = "\r\x1b[J"
-
-#: The field under which jobq's own lines bring what their sentence says in words.
-SAID = "_said"
 
 _COLOURS = {"debug": "2", "info": "32", "warning": "33", "error": "31", "critical": "1;31"}
 
@@ -104,8 +102,17 @@ def configure(settings: LogSettings | None, stream: IO[str] | None = None) -> Ca
     return restore
 
 
+def tell(level: str, sentence: str, said: dict[str, Any] | None = None, **fields: Any) -> None:
+    """Write a line of jobq's own, with *fields* beside the sentence; it has *said* in words."""
+    number = logging.getLevelNamesMapping()[level.upper()]
+    if _standard.isEnabledFor(number):
+        _standard.log(number, Line(sentence, fields, said))
+
+
 def logger(**bound: Any) -> structlog.stdlib.BoundLogger:
     """Return a logger whose lines carry *bound*."""
+    import structlog  # takes longer than a run of a moment: only where jobs log
+
     log: structlog.stdlib.BoundLogger = structlog.wrap_logger(
         _standard,
         processors=[structlog.stdlib.filter_by_level, _positional, _to_record],
@@ -164,8 +171,8 @@ def _positional(_: Any, __: str, fields: MutableMapping[str, Any]) -> MutableMap
 def _to_record(_: Any, __: str, fields: MutableMapping[str, Any]) -> tuple[tuple[Line], dict[str, Any]]:
     """Return what the standard logger's method is called with."""
     passed = {name: fields.pop(name) for name in ("exc_info", "stack_info", "stacklevel") if name in fields}
-    event, said = fields.pop("event", ""), fields.pop(SAID, {})
-    return (Line(event if isinstance(event, str) else safe_repr(event), dict(fields), said),), passed
+    event = fields.pop("event", "")
+    return (Line(event if isinstance(event, str) else safe_repr(event), dict(fields)),), passed
 
 
 class _Handler(logging.Handler):
