@@ -6,6 +6,7 @@ import asyncio
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -344,7 +345,7 @@ class AsyncLanes(Lanes):
         self._tally: LaneTally | None = None
         self._caller = Caller(recipe, port, lambda: self._tally)
         self._free = list(range(recipe.lanes))
-        self._waiting: list[Task] = []
+        self._waiting: deque[Task] = deque()
         self._running: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run_loop, name="jobq-loop", daemon=True)
@@ -368,7 +369,7 @@ class AsyncLanes(Lanes):
 
     def _fill(self) -> None:
         while self._free and self._waiting:
-            task = self._waiting.pop(0)
+            task = self._waiting.popleft()
             lane = self._free.pop()
             if not self._may_begin(lane, task):
                 self._free.append(lane)

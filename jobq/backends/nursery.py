@@ -456,8 +456,9 @@ class _Keeper:
                 poll.register(fd, select.POLLIN)
         try:
             self._unborn = [fds for _, _, fds in births]
-            for name, recipe, _ in births:
-                self._give_birth(name, recipe, self._unborn.pop(0))
+            born = [self._fork_worker(name, recipe, self._unborn.pop(0)) for name, recipe, _ in births]
+            for pid, number in born:  # afterwards, so that none begins later for it
+                self._tell_of_birth(pid, number)
             while True:
                 ready = {fd for fd, _ in poll.poll(self._patience())}
                 if self._driver in ready:
@@ -489,11 +490,10 @@ class _Keeper:
             self._spare_at = time.monotonic() + SPARE_DELAY
             return
         name, recipe = request
-        self._give_birth(name, recipe, fds)
+        self._tell_of_birth(*self._fork_worker(name, recipe, fds))
 
-    def _give_birth(self, name: str, recipe: str, fds: list[int]) -> None:
-        """Fork a worker, and tell the driver."""
-        pid, number = self._fork_worker(name, recipe, fds)
+    def _tell_of_birth(self, pid: int, number: int) -> None:
+        """Give the driver the worker, or the number of the error why there is none."""
         with contextlib.ExitStack() as given:
             pidfds = []
             if pid:
