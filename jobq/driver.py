@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 #: While the run is being stopped, a producer that does not come back to its yield is waited for so long
 #: beyond everything else.
 PRODUCER_GRACE_SECONDS = 1.0
+#: Where nobody wants what is still to come, whoever has something in hand is waited for so long, in seconds.
+LEAVING_SECONDS = 1.0
 #: How often those who listen hear of the counts, in seconds.
 TICK_SECONDS = 0.1
 
@@ -193,6 +195,7 @@ class Driver:
         self._began = clock.monotonic()
         self._timeout = math.inf if timeout is None else timeout
         self._ends_at = self._began + self._timeout
+        self._waits_until = math.inf  # for those who have something in hand, when nobody wants it
         self._leaving: deque[tuple[float, Member]] = deque()  # what retires may take until then to close
         self._next_tick = self._began
         self._selector = selectors.DefaultSelector() if selector is None else selector
@@ -280,7 +283,11 @@ class Driver:
             self._escalate(self._requested.pop(0), self._clock.monotonic())
 
     def abandon(self) -> None:
-        """Stop at once: nobody wants what is left. Jobs in flight and queued are cancelled."""
+        """
+        Stop soon: nobody wants what is left. Jobs queued are cancelled, and those in flight that take longer.
+
+        Whoever has nothing in hand closes what it has opened, as at any end.
+        """
         self._abandoned = True
         self.wake()
 
@@ -365,8 +372,7 @@ class Driver:
             self._let_in(self.inlet, now)
         self._watch_sink()
         if self._abandoned and self.ending.level < STOP:
-            self.ending.level = STOP
-            self._stop_now()
+            self._leave_off(now)
         if self.ending.level or self.ending.halted:
             self._press(now)
         self._look_at_clocks(now)
@@ -377,11 +383,10 @@ class Driver:
                 self._allotment.note(now)
             self._conclude(now)
         elif now >= self.ending.deadline:
-            self._hopeless = self.ending.killed
-            if not self.ending.killed:
-                for pool in self.pools.values():
-                    pool.stop(f"it did not end within {self._shutdown_timeout:g} s")
-            self._kill_all()
+            self._lose_patience()
+        elif now >= self._waits_until:
+            self._waits_until = math.inf
+            self._kill_the_busy()
 
     def _look_at_clocks(self, now: float) -> None:
         """Do what is due by now, whoever did or didn't say something."""
@@ -406,7 +411,8 @@ class Driver:
 
     def _patience(self) -> float | None:
         """Return the seconds until something is due by itself; None: nothing is."""
-        times, now = [self.ending.deadline, self._ends_at], self._clock.monotonic()
+        times = [self.ending.deadline, self._ends_at, self._waits_until]
+        now = self._clock.monotonic()
         if self._leaving:
             times.append(self._leaving[0][0])
         if not self._closing:
@@ -1060,6 +1066,36 @@ class Driver:
             for pool in self._producers:
                 if pool.line.producing:
                     pool.stop("it did not come to its next yield")
+
+    def _leave_off(self, now: float) -> None:
+        """Begin nothing more; whoever has something in hand may finish it within a moment, and then close."""
+        self.ending.level = STOP
+        self._ends_at, self._waits_until = math.inf, now + LEAVING_SECONDS
+        for pool in self.pools.values():
+            pool.stop_giving()
+        for pool in self._consumers:
+            for member in pool.members:
+                if member.ready and not member.recalled:
+                    self._take_back(member)
+        if self._keeper is not None and not self._keeper.ready:
+            self._keeper.killed = True
+            self._keeper.worker.kill()
+        self._close(now)
+
+    def _lose_patience(self) -> None:
+        """Kill whoever has not ended by now; whoever was killed before is left to the backend."""
+        self._hopeless = self.ending.killed
+        if not self.ending.killed:
+            for pool in self.pools.values():
+                pool.stop(f"it did not end within {self._shutdown_timeout:g} s")
+        self._kill_all()
+
+    def _kill_the_busy(self) -> None:
+        for pool in self.pools.values():
+            for member in pool.members:
+                gives = pool.line.is_producer and member.worker.name not in pool.line.ended
+                if gives or member.load or not member.ready:
+                    member.worker.kill()
 
     def _stop_now(self) -> None:
         """Stop jobs in flight; when every worker is gone, they and all that waits are cancelled."""

@@ -782,6 +782,70 @@ def test_a_stream_that_is_left_without_a_with_leaves_nothing(
     assert left_since(before) == {}
 
 
+def keeping_notes(notes: Notes) -> Pipeline:
+    """Return an endless pipeline whose workers note what they open and close."""
+    pipeline = Pipeline("test")
+    pipeline.producer(all_numbers)
+
+    @pipeline.resource
+    def opened() -> Iterator[int]:
+        notes.add("opened")
+        yield 1
+        notes.add("closed")
+
+    @pipeline.consumer(workers=2, queue_size=50)
+    def work(number: int, opened: int) -> int:
+        return number + opened
+
+    return pipeline
+
+
+@pytest.mark.parametrize("leave", [by_break, by_close, by_dropping, by_an_error])
+def test_workers_close_what_they_have_opened_when_a_stream_is_left(
+    backend: str, leave: Callable[[Any], None], notes: Notes
+) -> None:
+    leave(keeping_notes(notes).stream(backend=backend))
+    gc.collect()
+
+    lines = notes.lines()
+    assert lines.count("opened") == lines.count("closed") > 0
+
+
+def test_workers_close_what_they_have_opened_when_a_session_is_left_by_an_error(
+    backend: str, notes: Notes
+) -> None:
+    with contextlib.suppress(ZeroDivisionError), keeping_notes(notes).open(backend=backend) as run:
+        run.submit(1).result()
+        raise ZeroDivisionError
+
+    lines = notes.lines()
+    assert lines.count("opened") == lines.count("closed") > 0
+
+
+@pytest.mark.parametrize("backend", PROCESSES)
+def test_a_stream_can_be_left_though_somebody_never_ends(backend: str, tmp_path: Path) -> None:
+    gate = Gate(tmp_path / "gate")
+    pipeline = Pipeline("test")
+
+    @pipeline.producer
+    def numbers() -> Iterator[int]:
+        yield from range(3)
+        gate.wait()
+
+    @pipeline.consumer(workers=2)
+    def work(number: int) -> int:
+        if number == 1:
+            gate.wait()
+        return number
+
+    with pipeline.stream(backend=backend) as stream:
+        next(stream)
+
+    assert stream.report is not None
+    stage = stream.report.stages["work"]
+    assert stage.done + stage.cancelled == stage.received
+
+
 def test_a_stream_that_nobody_reads_can_be_closed_while_it_waits(backend: str, notes: Notes) -> None:
     pipeline = Pipeline("test")
 
