@@ -15,7 +15,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import CodeType, FrameType, TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from jobq.report import Report
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -70,7 +73,7 @@ class _Process:
         self._ladders.append(ladder)
         for number in STOP_SIGNALS if not self._before else ():
             if signal.getsignal(number) is not signal.SIG_IGN:
-                self._before[number] = signal.signal(number, self._hear)
+                self._before[number] = signal.signal(number, self.hear)
 
     def leave(self, ladder: Ladder) -> None:
         if ladder not in self._ladders:
@@ -84,7 +87,8 @@ class _Process:
         while self._before:
             signal.signal(*self._before.popitem())
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002  # the handler's form
+    def hear(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002  # the handler's form
+        """Tell every ladder; the program too if one of them says so."""
         if not self._ladders:
             self._put_back()
             signal.raise_signal(number)
@@ -111,6 +115,31 @@ def waking(descriptor: int) -> Iterator[None]:
         yield
     finally:
         signal.set_wakeup_fd(before)
+
+
+def hand_on(number: int, interruption: KeyboardInterrupt, *, unfinished: bool) -> None:
+    """
+    Let the program hear of a stop signal that a run took: by its own handler, else by *interruption*.
+
+    Where work was left *unfinished* that is raised in any case. Where another run in progress has heard the
+    signal too, it will say so at its end.
+    """
+    handler = signal.getsignal(number)
+    if handler == _process.hear:
+        if not unfinished:
+            return
+    elif callable(handler) and handler is not signal.default_int_handler:
+        signal.raise_signal(number)  # not called here: this may be another thread than the main one
+        if not unfinished:
+            return
+    raise interruption
+
+
+def interruption(report: Report | None) -> KeyboardInterrupt:
+    """Return a `KeyboardInterrupt` whose ``report`` says what had been done."""
+    error = KeyboardInterrupt()
+    error.report = report  # type: ignore[attr-defined]  # as `RunFailed` has one
+    return error
 
 
 def interrupt_later() -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 from jobq.errors import JobsFailed, JobsLost, PipelineError, RunFailed
 from jobq.files import check_files
 from jobq.graph import Graph, build_graph, find_by_name_problems
-from jobq.ladder import Ladder
+from jobq.ladder import Ladder, hand_on, interruption
 from jobq.letters import EXCEPTIONS_KEPT
 from jobq.load import refuse_while_loading
 from jobq.options import NOT_YET, RunOptions, read_run_options
@@ -195,7 +195,8 @@ class Pipeline:
         Keywords are run options (`jobq.options.RunOptions`) or parameters of the run (``params={…}`` for
         names that collide). Raises `PipelineError` before anything starts, `JobsFailed` at the end if there
         are dead letters (unless ``check=False``), `RunFailed` if the run gave up, `JobsLost` if the books
-        don't balance, and `KeyboardInterrupt` if it was stopped with work unfinished.
+        don't balance, and `KeyboardInterrupt`, with the ``report``, if it was told to stop by a signal. One
+        for which the program has a handler of its own goes to that, and is raised only if work is unfinished.
         """
         options, parameters = self._read(given)
         with _observing(options) as observers:
@@ -410,8 +411,10 @@ def _raise_or_report(outcome: Outcome, options: RunOptions) -> Report:
     report = outcome.report
     if outcome.unbalanced is not None:
         raise JobsLost(f"the books don't balance, a bug in jobq: {outcome.unbalanced}", report)
-    if outcome.signal is not None:
-        raise KeyboardInterrupt
+    if outcome.heard is not None:
+        hand_on(outcome.heard, interruption(report), unfinished=outcome.signal is not None)
+    elif outcome.signal is not None:
+        raise interruption(report)
     if outcome.gave_up is not None and "main guard" in outcome.gave_up:
         raise PipelineError(outcome.gave_up)
     if outcome.gave_up is not None:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from jobq.annotations import spell
 from jobq.errors import Interrupted, JobqError, JobsLost, JoinTimeout, PayloadError, RunFailed
 from jobq.inlet import Entry, Inlet, Takers
-from jobq.ladder import Ladder
+from jobq.ladder import Ladder, hand_on, interruption
 from jobq.letters import cannot_be_loaded, rebuild
 from jobq.lineage import Fate
 from jobq.results import HEED_SECONDS
@@ -428,7 +428,7 @@ class Session:
             ladder.lead(climb)
             yield
         if heard:
-            raise KeyboardInterrupt
+            hand_on(heard[0], interruption(self.report), unfinished=len(heard) > 1)
 
     def _drive(self) -> None:
         try:

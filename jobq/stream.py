@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jobq.errors import JobqError
-from jobq.ladder import Ladder, interrupt_later
+from jobq.ladder import Ladder, hand_on, interrupt_later, interruption
 from jobq.letters import cannot_be_loaded
 from jobq.results import Sink, Stream
 from jobq.wire import Undecodable
@@ -148,22 +148,27 @@ class ResultStream(Iterator[Any]):
         Stop the run if it has not ended; jobs in flight and queued are cancelled. Idempotent.
 
         Raises `KeyboardInterrupt` if a signal had told the run to stop: the program has not heard of it yet.
+        If it has a handler of its own for that signal, that is called instead.
         """
-        if self._stop():
-            raise KeyboardInterrupt
+        self._tell(self._stop())
+
+    def _tell(self, number: int | None) -> None:
+        """Let the program hear of a signal. It has left by itself: what is unfinished is nobody's loss."""
+        if number is not None:
+            hand_on(number, interruption(self.report), unfinished=False)
 
     def _leave(self) -> None:
         """Close, in a place where whatever is raised is lost."""
-        if self._stop():
+        if self._stop() is not None:
             interrupt_later()
 
-    def _stop(self) -> bool:
-        """Stop the run if it has not ended; return whether it heard a signal that the program didn't."""
+    def _stop(self) -> int | None:
+        """Stop the run if it has not ended; return the signal that it heard, if the program didn't."""
         if self._over:
-            return False
+            return None
         self._over = True
         if self._running is None:
-            return False
+            return None
         self._items = []
         with self._cleanup:
             self._running.driver.abandon()
@@ -171,15 +176,15 @@ class ResultStream(Iterator[Any]):
                 with self._running.attention():
                     while not self._running.driver.step():
                         pass
-            self._ended()
-        return self._running.driver.ending.signal is not None and not self._running.told
+            return self._ended().heard
 
     def __enter__(self) -> ResultStream:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._stop() and kind is None:
-            raise KeyboardInterrupt
+        number = self._stop()
+        if kind is None:
+            self._tell(number)
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):  # the interpreter may be going down

@@ -638,6 +638,81 @@ def test_each_stream_in_progress_hears_ctrl_c(backend: str) -> None:
                     pass
 
 
+FINISHED = """
+import os, signal, sys
+from collections.abc import Iterator
+from jobq import Pipeline
+
+pipeline, me, number = Pipeline("finished"), os.getpid(), getattr(signal, sys.argv[2])
+
+@pipeline.producer
+def numbers() -> Iterator[int]:
+    yield from range(3)
+
+@pipeline.consumer(batch=10, batch_timeout=1000)
+def work(all: list[int]) -> int:
+    os.kill(me, number)  # the producers have ended: else the batch would be waited for
+    return sum(all)
+
+def mine(number, frame):
+    print("heard")
+
+if sys.argv[4] == "own":
+    signal.signal(number, mine)
+try:
+    if sys.argv[3] == "run":
+        print(pipeline.run(backend=sys.argv[1], collect=True).results)
+    else:
+        print(list(pipeline.stream(backend=sys.argv[1])))
+    print("goes on")
+except KeyboardInterrupt as interruption:
+    print("interrupted", interruption.report.results, interruption.report.ok)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("how", ["run", "stream"])
+@pytest.mark.parametrize("handler", ["default", "own"])
+@pytest.mark.parametrize("backend", ["joinable", "thread"])
+def test_embedded_a_signal_is_not_lost_though_all_work_was_done(
+    backend: str, name: str, how: str, handler: str
+) -> None:
+    """A script that runs one pipeline after the other could else not be stopped."""
+    ended = subprocess.run(
+        [sys.executable, "-c", FINISHED, backend, name, how, handler],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+
+    results = "[3]" if how == "run" else "[]"  # those of a stream are not in its report
+    told = f"interrupted {results} True" if handler == "default" else "heard [3] goes on"
+    assert (ended.stdout.split(), ended.stderr, ended.returncode) == (told.split(), "", 0)
+
+
+@pytest.mark.usefixtures("handlers_back")
+def test_a_signal_that_the_run_around_heard_is_told_by_that_one() -> None:
+    pipeline = Pipeline("inner")
+
+    @pipeline.producer
+    def numbers() -> Iterator[int]:
+        yield 1
+
+    @pipeline.consumer(batch=10, batch_timeout=1000)
+    def work(all: list[int]) -> int:  # noqa: A002
+        signal.raise_signal(signal.SIGINT)
+        return sum(all)
+
+    inner: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        for _ in endless().stream(backend="thread"):
+            if not inner:
+                inner += pipeline.run(backend="thread", collect=True).results
+
+    assert inner == [1]
+
+
 LEFT = """
 import signal, sys, time
 from collections.abc import Iterator
