@@ -20,7 +20,7 @@ Every error that jobq raises, in one tree.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -93,6 +93,10 @@ class JobsFailed(ExceptionGroup[Exception], JobqError):
     def __init__(self, message: str, exceptions: Sequence[Exception], report: Report) -> None:  # noqa: ARG002
         # ExceptionGroup.__new__ has taken the arguments; object state was set there too.
         super().__init__(message, exceptions)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Be pickled with the report, as a process that ran a pipeline hands it on."""
+        return type(self), (self.message, self.exceptions, self.report), self.__dict__
 
     def derive(self, excs: Sequence[Exception]) -> JobsFailed:  # type: ignore[override]  # always Exceptions here
         """Return a group of *excs* with the same message and report (used by ``except*`` and ``split``)."""

@@ -12,6 +12,7 @@ import difflib
 import os
 import pickle
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -555,8 +556,12 @@ def _wrong_params(
 # ── functions that another process must find ─────────────────────────────────
 
 
-def find_by_name_problems(graph: Graph, start_method: str) -> list[str]:
-    """Return a text for each function that a worker started by *start_method* could not find by its name."""
+def find_by_name_problems(graph: Graph, asked: str, start_method: str) -> list[str]:
+    """
+    Return a text for each function that a worker could not find by its name.
+
+    It is started by *start_method*, which is what the one *asked* for means here and now.
+    """
     if start_method not in ("spawn", "forkserver"):
         return []
     problems = []
@@ -571,10 +576,18 @@ def find_by_name_problems(graph: Graph, start_method: str) -> list[str]:
             except Exception as error:  # pickle raises several kinds, and runs user code
                 problems.append(
                     f"{describe(declared)}: {what} can't be found by name in a worker under "
-                    f"start_method={start_method!r} ({error}): move it to the top level of a module, or use "
-                    f"start_method='fork'."
+                    f"start_method={start_method!r} ({error}){_why(asked)}: move it to the top level of a "
+                    f"module, or use start_method='fork'."
                 )
     return problems
+
+
+def _why(asked: str) -> str:
+    """Return, as a part of a sentence, why "auto" is not a fork."""
+    others = [one.name for one in threading.enumerate() if one is not threading.current_thread()]
+    if asked != "auto" or not others:
+        return ""
+    return f", which 'auto' means while other threads run (here {', '.join(others)})"
 
 
 def _refuse_unnamed_main(thing: Any) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,8 @@ from jobq.stage import ProducerOptions, Stage, describe
 from jobq.validation import json_reader
 from jobq.work import Unfit
 
+#: How a process names what it has open.
+DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/fd/(\d+)")
 #: The name of the stage that stands for the producers.
 NAME = "input"
 
@@ -28,6 +32,8 @@ def read_lines(source: str, shown: str, consumer: Stage) -> Iterator[Any]:
     read = json_reader(read_signature(consumer).item_type)
     with Path(source).open("rb") as lines:
         for number, line in enumerate(lines, 1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)  # noqa: PLW2901  # as some editors begin a file
             if not line.strip():
                 continue
             try:
@@ -44,18 +50,20 @@ class Source:
     """
     What takes the place of a pipeline's producers: a stage of jobq's own, with its parameters.
 
-    It has a route to each of ``takers``; by which one an item goes, `jobq.work.Addressed` says (else the
-    first), and not its type. For what is no item it yields `Unfit`.
+    Each of its ``routes`` is the names of those who take an item together; by which one an item goes,
+    `jobq.work.Addressed` says (else the first), and not its type. For what is no item it yields `Unfit`.
     """
 
     stage: Stage
     values: Mapping[str, Any]
-    takers: tuple[str, ...]
+    routes: tuple[tuple[str, ...], ...]
 
 
 def input_source(path: Path, graph: Graph) -> Source:
     """
     Return what reads *path* ("-": standard input) for the first consumer of *graph*.
+
+    Who would take a producer's items together with it, takes these, too.
 
     Raises `PipelineError` if there is no such file, or items of that type can't be read from JSON.
     """
@@ -66,8 +74,8 @@ def input_source(path: Path, graph: Graph) -> Source:
         # By this path a worker opens the driver's standard input, however it was started.
         source, shown = f"/proc/{os.getpid()}/fd/0", "standard input"
     else:
-        source, shown = str(path.absolute()), str(path)
-        if not path.is_file():
+        source, shown = _as_others_see_it(path), str(path)
+        if not path.exists() or path.is_dir():
             raise PipelineError(f"there is no file {path} to read items from.")
     try:
         json_reader(read_signature(consumer).item_type)
@@ -77,4 +85,14 @@ def input_source(path: Path, graph: Graph) -> Source:
             f"{describe(consumer)} takes {taken}, which can't be read from JSON lines."
         ) from error
     stage = Stage(NAME, "producer", read_lines, ProducerOptions(), (), shown)
-    return Source(stage, {"source": source, "shown": shown, "consumer": consumer}, (consumer.name,))
+    together = [
+        route.takers for node in graph.producers() for route in node.routes if consumer.name in route.takers
+    ]
+    route = together[0] if together else (consumer.name,)
+    return Source(stage, {"source": source, "shown": shown, "consumer": consumer}, (route,))
+
+
+def _as_others_see_it(path: Path) -> str:
+    """Return a path of a file for a worker; a shell's ``<(...)`` is a descriptor of this process."""
+    found = DESCRIPTOR.fullmatch(str(path.absolute()))
+    return f"/proc/{os.getpid()}/fd/{found[1]}" if found else str(path.absolute())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from jobq.errors import JobsFailed, JobsLost, PipelineError, RunFailed
 from jobq.files import check_files
-from jobq.graph import Graph, build_graph, find_by_name_problems
+from jobq.graph import Graph, build_graph, find_by_name_problems, graph_parameters
 from jobq.ladder import Ladder, hand_on, interruption
 from jobq.letters import EXCEPTIONS_KEPT
 from jobq.load import refuse_while_loading
@@ -171,7 +171,7 @@ class Pipeline:
         except PipelineError as error:
             problems += error.problems
         else:
-            problems += find_by_name_problems(graph, self._resolved(options))
+            problems += find_by_name_problems(graph, options.start_method, self._resolved(options))
         if problems:
             raise PipelineError(*problems)
 
@@ -211,7 +211,7 @@ class Pipeline:
         run. ``.report`` holds the report when it is over.
         """
         options, parameters = self._read(given)
-        _refuse(options, "stream", ("collect", "output"), "its results come in the loop")
+        options = _without(options, given, "stream", ("collect", "output"), "its results come in the loop")
         self._check_files(options)
         return ResultStream(
             lambda sink, observers: self._prepare(options, parameters, sink, observers),
@@ -227,7 +227,8 @@ class Pipeline:
         an exception stops the run. Raises `PipelineError` before anything starts.
         """
         options, parameters = self._read(given)
-        _refuse(options, "open", ("collect", "output", "input"), "its results are the futures' of submit()")
+        useless = ("collect", "output", "input")
+        options = _without(options, given, "open", useless, "its results are the futures' of submit()")
         self._check_files(options)
         cleanup = contextlib.ExitStack()
         observers = cleanup.enter_context(_observing(options))
@@ -334,6 +335,10 @@ class Pipeline:
         if not isinstance(params, Mapping) or not all(isinstance(name, str) for name in params):
             raise PipelineError(f"params= takes a dict of parameters by name, got {params!r}.")
         parameters = dict(params)
+        declared: list[Stage | Resource] = [*self._stages, *self._resources]
+        taken = {name for one in declared for name in _parameter_names(one)}
+        if doubtful := RunOptions.model_fields.keys() & named.keys() & taken - parameters.keys():
+            self._refuse_doubtful(sorted(doubtful))
         stated = {**self._defaults}
         for name, value in named.items():
             if name in RunOptions.model_fields:
@@ -343,12 +348,27 @@ class Pipeline:
             else:
                 parameters[name] = value
         early = sorted(NOT_YET & named.keys())
-        declared: list[Stage | Resource] = [*self._stages, *self._resources]
-        taken = {name for one in declared for name in _parameter_names(one)}
         refused = [name for name in early if name not in taken]
         if refused:
             raise PipelineError(*(f"run option {name!r} is not built yet." for name in refused))
         return read_run_options(stated), parameters
+
+    def _refuse_doubtful(self, names: Iterable[str]) -> None:
+        """Raise `PipelineError` if one of *names*, which are run options, is a parameter as well."""
+        try:
+            graph = self.graph()
+        except PipelineError:  # the run will say what is wrong
+            return
+        parameters = graph_parameters(graph)
+        takers = {name: [who for who, _, _ in parameters[name]] for name in names if name in parameters}
+        if takers:
+            raise PipelineError(
+                *(
+                    f"{name}=... is an option of the run, and {' and '.join(who)} has a parameter of this "
+                    f"name: give the parameter in params={{{name!r}: ...}}, or another name."
+                    for name, who in takers.items()
+                )
+            )
 
 
 def _parameter_names(declared: Stage | Resource) -> Iterator[str]:
@@ -379,10 +399,14 @@ def _observing(options: RunOptions) -> Iterator[Sequence[Observer]]:
         yield observers
 
 
-def _refuse(options: RunOptions, method: str, names: Iterable[str], why: str) -> None:
+def _without(
+    options: RunOptions, given: Mapping[str, Any], method: str, names: Sequence[str], why: str
+) -> RunOptions:
+    """Return *options* without those that *method* has no use for; raises if one of them was *given*."""
     for name in names:
-        if getattr(options, name):
+        if given.get(name):
             raise PipelineError(f"{method}() has no use for {name}=: {why}.")
+    return options.model_copy(update={name: RunOptions.model_fields[name].default for name in names})
 
 
 @contextlib.contextmanager

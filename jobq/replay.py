@@ -238,7 +238,7 @@ def plan_replay(contents: Contents, graph: Graph, *, unsafe_pickle: bool) -> Rep
         "consumers": entered,
         "unsafe_pickle": unsafe_pickle,
     }
-    return Replay(Source(stage, values, tuple(entered)), entering, tuple(left_out))
+    return Replay(Source(stage, values, tuple((name,) for name in entered)), entering, tuple(left_out))
 
 
 def read_letters(file: str, shown: str, consumers: Mapping[str, Stage], unsafe_pickle: bool) -> Iterator[Any]:

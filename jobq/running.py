@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from jobq import backends, events
@@ -260,7 +261,7 @@ def prepare(
     kept = _run_scoped(graph, values)
     if kept:
         recipes[RECIPE] = KeeperRecipe(place, kept, log)
-    problems = find_by_name_problems(graph, backend_class.resolve(options.start_method))
+    problems = find_by_name_problems(graph, options.start_method, backend_class.resolve(options.start_method))
     if problems:
         raise PipelineError(*problems)
     began = machine.clock.monotonic()
@@ -341,9 +342,9 @@ def _with_source(graph: Graph, source: Source) -> Graph:
             f"{describe(kept[name].stage)} is named like the stage that reads --input or dead letters:"
             " give it another name=."
         )
-    routes = tuple(Route((taker,)) for taker in source.takers)
-    node = Node(source.stage, read_signature(source.stage), routes, (0,))
-    edges = (*(Edge(name, taker) for taker in source.takers), *(e for e in graph.edges if e.source in kept))
+    node = Node(source.stage, read_signature(source.stage), tuple(map(Route, source.routes)), (0,))
+    takers = chain.from_iterable(source.routes)
+    edges = (*(Edge(name, taker) for taker in takers), *(e for e in graph.edges if e.source in kept))
     return Graph({name: node, **kept}, graph.resources, edges, graph.loops, graph.name)
 
 

@@ -515,6 +515,22 @@ def test_on_a_terminal_there_is_a_live_line_per_stage() -> None:
     assert "zoo, run" in shown
 
 
+def test_where_results_go_to_the_terminal_there_is_no_live_line() -> None:
+    near, far = pty.openpty()
+    environment = os.environ | {"TERM": "xterm"}
+
+    with started("run", "zoo.py", "-p", "count=9000", "-o", "-", stdout=far, stderr=far, stdin=far,
+                 env=environment) as process:  # fmt: skip
+        os.close(far)
+        shown = read_all(near)
+        process.wait(timeout=60)
+    os.close(near)
+
+    assert process.returncode == 0, shown[-1000:]
+    assert "zoo, run" in shown
+    assert "\x1b[J" not in shown  # by which the display is cleared
+
+
 def read_all(descriptor: int) -> str:
     """Return all that comes from a terminal until its other end is closed."""
     parts = []

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterator
 from typing import Any, Generic, TypeVar
 
@@ -573,22 +574,38 @@ def test_functions_that_cannot_be_found_by_name_are_told(start_method: str) -> N
 
     graph = build(P(urls), C(fetch, key=lambda _: "same"), C(local))
 
-    found = find_by_name_problems(graph, start_method)
+    found = find_by_name_problems(graph, start_method, start_method)
 
     assert [text.partition(" ")[0] for text in found] == ["fetch()", "local()"]
     assert "its key= can't be found by name" in found[0]
     assert all("start_method='fork'" in text for text in found)
 
 
+def test_it_is_told_why_workers_are_not_forked() -> None:
+    def local(page: Page) -> None: ...
+
+    graph, done = build(P(urls), C(fetch), C(local)), threading.Event()
+    alone = find_by_name_problems(graph, "auto", "forkserver")
+    thread = threading.Thread(target=done.wait, name="tqdm_monitor")
+    thread.start()
+    beside = find_by_name_problems(graph, "auto", "forkserver")
+    asked = find_by_name_problems(graph, "forkserver", "forkserver")
+    done.set()
+    thread.join()
+
+    assert "while other threads run (here tqdm_monitor): move it" in beside[0]
+    assert "tqdm" not in alone[0] + asked[0]
+
+
 @pytest.mark.parametrize("start_method", ["fork", "thread", "inline", "auto"])
 def test_any_function_is_fine_where_it_need_not_be_found(start_method: str) -> None:
     def local(page: Page) -> None: ...
 
-    assert find_by_name_problems(build(P(urls), C(fetch), C(local)), start_method) == []
+    assert find_by_name_problems(build(P(urls), C(fetch), C(local)), start_method, start_method) == []
 
 
 def test_a_name_that_stands_for_another_function_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = build(P(urls), C(fetch))
     monkeypatch.setitem(globals(), "fetch", functools.partial(fetch))
 
-    assert "not the same object" in find_by_name_problems(graph, "spawn")[0]
+    assert "not the same object" in find_by_name_problems(graph, "spawn", "spawn")[0]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import multiprocessing
 import os
 import pickle
 import signal
@@ -1309,6 +1310,63 @@ def test_results_are_either_returned_or_written(tmp_path: Path) -> None:
             ints(1).stream(**option)
 
 
+def test_a_default_of_the_pipeline_that_a_method_has_no_use_for_is_none(tmp_path: Path) -> None:
+    pipeline = Pipeline("test", collect=True, input=tmp_path / "items.jsonl", backend="inline")
+    (tmp_path / "items.jsonl").write_text("1\n2\n")
+
+    @pipeline.consumer
+    def work(i: int) -> int:
+        return i
+
+    assert pipeline.run().results == list(pipeline.stream()) == [1, 2]
+    with pipeline.open() as run:
+        assert run.submit(3).result() == 3
+    written = Pipeline("test", output=tmp_path / "out.jsonl", backend="inline")
+    written.producer(lambda: [1], name="ones", params={})
+    assert (tmp_path / "out.jsonl").exists() is False
+
+
+def test_a_keyword_that_may_be_option_or_parameter_is_refused(tmp_path: Path) -> None:
+    """Else a program that means its own parameter has its file overwritten, or its run cut short."""
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    pipeline = ints(2)
+    written = []
+
+    @pipeline.resource
+    def place(output: Path = Path("nowhere")) -> Path:
+        return output
+
+    @pipeline.consumer
+    def work(i: int, place: Path, timeout: float = 10.0, input: int = 0) -> None:  # noqa: A002
+        written.append((i, place, timeout, input))
+
+    with pytest.raises(PipelineError) as caught:
+        pipeline.run(output=precious, timeout=5, backend="inline")
+    pipeline.run(timeout=60, params={"output": precious, "timeout": 7, "input": 1}, backend="inline")
+
+    assert precious.read_text() == "precious"
+    assert [text.split(" ")[0] for text in caught.value.problems] == ["output=...", "timeout=..."]
+    assert "place() (" in caught.value.problems[0]
+    assert "params={'timeout': ...}" in caught.value.problems[1]
+    assert written == [(0, precious, 7.0, 1), (1, precious, 7.0, 1)]
+
+
+def test_a_name_that_is_no_parameter_of_the_run_is_the_option(tmp_path: Path) -> None:
+    (tmp_path / "items.jsonl").write_text("1\n")
+    pipeline = Pipeline("test", backend="inline")
+
+    @pipeline.resource
+    def output() -> str:
+        return "mine"
+
+    @pipeline.consumer
+    def work(input: int, output: str) -> str:  # noqa: A002  # the item
+        return f"{output} {input}"
+
+    assert pipeline.run(input=tmp_path / "items.jsonl", collect=True).results == ["mine 1"]
+
+
 @pytest.mark.parametrize(
     ("given", "problem"),
     [
@@ -1879,6 +1937,75 @@ def test_an_annotation_that_cannot_be_pickled_is_nobody_s_business(backend: str)
     report = pipeline.run(backend=backend, collect=True)
 
     assert sorted(result["i"] for result in report.results) == [0, 1, 2]
+
+
+def shared() -> Pipeline:
+    """Return a pipeline of which two consumers take what the producer gives."""
+    pipeline = Pipeline("shared")
+
+    @pipeline.producer
+    def numbers() -> Iterator[int]:
+        yield 0
+
+    @pipeline.consumer(source=numbers)
+    def first(i: int) -> str:
+        return f"first {i}"
+
+    @pipeline.consumer(source=numbers)
+    def second(i: int) -> str:
+        return f"second {i}"
+
+    return pipeline
+
+
+def test_who_would_take_a_producers_items_takes_those_of_a_file(backend: str, tmp_path: Path) -> None:
+    (tmp_path / "items.jsonl").write_bytes(b"\xef\xbb\xbf1\n2\n")  # as some editors begin a file
+
+    report = shared().run(input=tmp_path / "items.jsonl", backend=backend, collect=True)
+
+    assert sorted(report.results) == ["first 1", "first 2", "second 1", "second 2"]
+
+
+@pytest.mark.parametrize("start_method", ["fork", "forkserver"])
+def test_items_may_come_through_a_pipe(start_method: str, tmp_path: Path) -> None:
+    def lines(path: Path) -> None:
+        path.write_text("5\n")
+
+    reader, writer = os.pipe()
+    os.write(writer, b"5\n")
+    os.close(writer)
+    pipeline = Pipeline("piped")
+    pipeline.consumer(same)
+    os.mkfifo(tmp_path / "fifo")
+    given = multiprocessing.get_context("fork").Process(target=lines, args=(tmp_path / "fifo",))
+
+    through = pipeline.run(input=Path(f"/dev/fd/{reader}"), start_method=start_method, collect=True)
+    given.start()
+    named = pipeline.run(input=tmp_path / "fifo", start_method=start_method, collect=True)
+    given.join()
+    given.close()
+    os.close(reader)
+
+    assert (through.results, named.results) == ([5], [5])
+
+
+def same(i: int) -> int:
+    return i
+
+
+def test_a_failed_run_can_be_pickled_with_its_report() -> None:
+    pipeline = ints(1)
+
+    @pipeline.consumer
+    def work(i: int) -> None:
+        raise ValueError("no")
+
+    with pytest.raises(JobsFailed) as caught:
+        pipeline.run(backend="inline")
+
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (str(again), again.report) == (str(caught.value), caught.value.report)
+    assert [str(error) for error in again.exceptions] == ["no"]
 
 
 def test_a_stage_named_like_the_one_that_reads_the_input_is_refused(tmp_path: Path) -> None:

@@ -203,7 +203,7 @@ def replay(
         output_fd = claim_stdout(given)
         loaded = load_target(target)
         plan = plan_replay(contents, loaded.pipeline.graph(), unsafe_pickle=unsafe_pickle)
-        options = read_options(given, loaded.pipeline.run_options, quiet=quiet, verbose=verbose)
+        options = read_options(given, loaded.pipeline.run_options, output_fd, quiet=quiet, verbose=verbose)
         _keep_apart(file, options)
         if not quiet:
             say(f"replaying {counted(plan.entering, 'letter')} of {file} with {target}")

@@ -124,7 +124,7 @@ def run(target: str, params: dict[str, str], quiet: bool, verbose: bool, **given
         occupy_standard_streams()
         output_fd = claim_stdout(given)
         loaded = load_target(target)
-        options = read_options(given, loaded.pipeline.run_options, quiet=quiet, verbose=verbose)
+        options = read_options(given, loaded.pipeline.run_options, output_fd, quiet=quiet, verbose=verbose)
         outcome = execute(loaded, options, params, output_fd)
         conclude(outcome, options, quiet=quiet)
     flush_stdout()
@@ -132,9 +132,18 @@ def run(target: str, params: dict[str, str], quiet: bool, verbose: bool, **given
 
 
 def read_options(
-    given: Mapping[str, Any], defaults: Mapping[str, Any], *, quiet: bool, verbose: bool
+    given: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    output_fd: int | None,
+    *,
+    quiet: bool,
+    verbose: bool,
 ) -> RunOptions:
-    """Return the options of the run: what was given, else the pipeline's defaults, else our own."""
+    """
+    Return the options of the run: what was given, else the pipeline's defaults, else our own.
+
+    *output_fd* is where results go, if to what was standard output.
+    """
     from jobq.observe.log import is_terminal
     from jobq.options import DEFAULT_NAME, read_run_options
 
@@ -143,7 +152,8 @@ def read_options(
         "log_level": "info",
         "log_format": "console" if terminal else "json",
         "dead_letters": Path(DEFAULT_NAME),
-        "progress": True,
+        # On one terminal with the results it would leave its traces between them.
+        "progress": output_fd is None or not os.isatty(output_fd),
     }
     stated = {name: value for name, value in given.items() if value is not None}
     if quiet or verbose:
