@@ -1321,9 +1321,6 @@ def test_a_default_of_the_pipeline_that_a_method_has_no_use_for_is_none(tmp_path
     assert pipeline.run().results == list(pipeline.stream()) == [1, 2]
     with pipeline.open() as run:
         assert run.submit(3).result() == 3
-    written = Pipeline("test", output=tmp_path / "out.jsonl", backend="inline")
-    written.producer(lambda: [1], name="ones", params={})
-    assert (tmp_path / "out.jsonl").exists() is False
 
 
 def test_a_keyword_that_may_be_option_or_parameter_is_refused(tmp_path: Path) -> None:
