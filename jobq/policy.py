@@ -19,14 +19,15 @@ class Uniform(Protocol):
 
 def backoff_seconds(options: ConsumerOptions, attempt: int, chance: Uniform) -> float:
     """
-    Return how long to wait after failed attempt number *attempt*.
+    Return how long to wait after failed attempt number *attempt*: from ``min_backoff`` to ``max_backoff``.
 
     Exponential with "equal jitter" (half fixed, half by chance), so that jobs that failed together don't
     come back together: the scheme of the AWS architecture blog's "Exponential Backoff And Jitter" (2015).
     """
-    exponent = min(attempt - 1, 60)  # 2.0 ** 60 seconds is past any max_backoff; more would overflow
-    ceiling: float = min(options.max_backoff, options.min_backoff * 2.0**exponent)
-    return ceiling / 2 + chance.uniform(0, ceiling / 2)
+    exponent = min(attempt, 60)  # 2.0 ** 60 seconds is past any max_backoff; more would overflow
+    high: float = min(options.max_backoff, options.min_backoff * 2.0**exponent)
+    low = min(high, max(options.min_backoff, high / 2))
+    return chance.uniform(low, high)
 
 
 def retry_delay(failure: Failure, attempt: int, options: ConsumerOptions, chance: Uniform) -> float | None:

@@ -35,14 +35,20 @@ def failure(verdict: str = "error", **given: Any) -> Failure:
 
 def test_a_back_off_doubles_with_each_attempt() -> None:
     assert [backoff_seconds(options(), attempt, HIGH) for attempt in (1, 2, 3, 4)] == pytest.approx(
-        [0.1, 0.2, 0.4, 0.8]
+        [0.2, 0.4, 0.8, 1.6]
     )
 
 
 def test_chance_takes_at_most_half_of_a_back_off() -> None:
     assert [backoff_seconds(options(), attempt, LOW) for attempt in (1, 2, 3)] == pytest.approx(
-        [0.05, 0.1, 0.2]
+        [0.1, 0.2, 0.4]
     )
+
+
+def test_a_back_off_is_never_shorter_than_its_limit() -> None:
+    assert backoff_seconds(options(), 1, LOW) == 0.1
+    assert backoff_seconds(options(max_backoff=0.15), 5, LOW) == 0.1
+    assert backoff_seconds(options(max_backoff=0.05), 1, LOW) == 0.05
 
 
 @pytest.mark.parametrize("attempt", [11, 100, 10**6])
@@ -79,7 +85,7 @@ def test_a_job_that_asks_for_another_try_waits_as_long_as_it_says() -> None:
 
 
 def test_a_job_that_asks_without_a_delay_gets_the_back_off() -> None:
-    assert retry_delay(failure("retry"), 2, options(), HIGH) == pytest.approx(0.2)
+    assert retry_delay(failure("retry"), 2, options(), HIGH) == pytest.approx(0.4)
 
 
 def test_asking_works_whatever_types_are_retried() -> None:

@@ -486,16 +486,16 @@ def test_a_failed_job_waits_for_its_back_off_and_is_tried_again() -> None:
     world.give("a", "b")
     world.fail(world.take(), 0)
     line = world["c0"]
-    assert (world.nothing_for("w"), world.scheduler.next_due(line)) == (True, 102.0)
+    assert (world.nothing_for("w"), world.scheduler.next_due(line)) == (True, 104.0)
 
-    world.scheduler.due(line, 101.9)
+    world.scheduler.due(line, 103.9)
     assert world.nothing_for("w")
-    world.scheduler.due(line, 102.0)
+    world.scheduler.due(line, 104.0)
 
     chunk = world.take()
     assert (items(chunk), chunk.parts[0].attempt, chunk.parts[0].delivery) == (["a"], 2, 1)
     (told,) = world.happened(Retried)
-    assert (told.part.attempt, told.delay) == (1, 2.0)
+    assert (told.part.attempt, told.delay) == (1, 4.0)
     assert (line.books.retried, line.books.dead) == (1, 0)
 
 
