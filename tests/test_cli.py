@@ -574,6 +574,16 @@ def test_a_target_that_cant_be_found_is_a_paragraph_and_code_2(command: str, tar
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("start_method", ["fork", "forkserver", "spawn"])
+def test_the_package_itself_is_the_command(start_method: str, here: Path) -> None:
+    how: dict[str, Any] = {"cwd": here, "capture_output": True, "text": True, "timeout": 60}
+    run = ["run", "zoo.py", "-q", "-o", "-", "--start-method", start_method]
+
+    done = subprocess.run([sys.executable, "-m", "jobq", *run], check=False, **how)
+
+    assert (sorted(done.stdout.splitlines()), done.returncode) == (['"CAT 0"', '"CAT 1"', '"CAT 2"'], 0)
+
+
 def test_help_imports_nothing_that_only_a_run_needs() -> None:
     code = (
         "import sys, jobq.cli\n"
