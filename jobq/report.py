@@ -77,3 +77,8 @@ class Report(BaseModel):
     dead: list[DeadLetter] = Field(default_factory=list)
     stages: dict[str, StageCounts] = Field(default_factory=dict)
     edges: list[EdgeCounts] = Field(default_factory=list)
+
+
+def counted(count: int, noun: str) -> str:
+    """Return how many of what, in words."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -1020,6 +1020,20 @@ def test_whatever_an_async_job_raises_is_its_own_failure(name: str, error: BaseE
         assert report.stages["check"].worker_restarts == 0
 
 
+@pytest.mark.parametrize(("failing", "told"), [(1, "1 dead letter"), (2, "2 dead letters")])
+def test_dead_letters_are_told_in_the_right_number(failing: int, told: str) -> None:
+    pipeline = ints(failing)
+
+    @pipeline.consumer
+    def check(i: int) -> None:
+        raise ValueError(i)
+
+    with pytest.raises(JobsFailed) as caught:
+        pipeline.run(backend="inline")
+
+    assert caught.value.message == f"pipeline 'test': {told}"
+
+
 def test_a_run_with_dead_letters_raises_them_at_its_end(backend: str) -> None:
     pipeline = ints(5)
 
@@ -1176,7 +1190,7 @@ def test_a_result_that_can_t_be_loaded_is_told_and_the_run_is_not_fine() -> None
     assert (letter.stage, letter.error) == ("work", "PayloadError")
     assert "a result of work() could not be loaded: ValueError: invalid literal" in letter.message
 
-    with pytest.raises(JobsFailed, match="1 results that could not be loaded") as caught:
+    with pytest.raises(JobsFailed, match="0 dead letters, 1 result that could not be loaded") as caught:
         pipeline.run(backend="pipe", collect=True)
     assert [str(error) for error in caught.value.exceptions] == [letter.message]
     assert caught.value.report.results == [0, 2]

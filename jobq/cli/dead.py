@@ -190,7 +190,8 @@ def replay(
     """
     with explained():
         from jobq.load import load_target
-        from jobq.replay import counted, own_target, plan_replay, survey
+        from jobq.replay import own_target, plan_replay, survey
+        from jobq.report import counted
 
         if inline or pdb:
             _stay_here(given)
