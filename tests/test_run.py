@@ -1855,6 +1855,25 @@ def test_what_a_job_prints_and_leaves_in_a_buffer_is_not_lost(tmp_path: Path) ->
         assert told.stderr == ""
 
 
+def test_a_report_tells_in_a_few_lines_how_the_run_went(backend: str) -> None:
+    pipeline = ints(1200)
+
+    @pipeline.consumer(max_retries=1, min_backoff=0)
+    def check(i: int) -> str | None:
+        if i == 1:
+            raise ValueError("an item that nobody wants to see")
+        return "result" if i < 3 else None
+
+    report = run(pipeline, backend)
+
+    assert str(report).splitlines() == [
+        f"pipeline 'test', run {report.run}: not ok, {report.seconds:.1f} s, 2 results, 1 dead letter",
+        "  numbers: 1,200 received, 1,200 done",
+        "  check: 1,200 received, 2 done, 1,197 filtered, 1 dead, 1 retried",
+    ]
+    assert "nobody wants to see" in repr(report)
+
+
 def test_reports_can_be_pickled(backend: str) -> None:
     report = run(module_level(), backend)
 
