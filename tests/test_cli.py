@@ -555,7 +555,8 @@ def test_a_worker_that_cant_go_on_is_told_in_a_sentence_and_a_traceback_once(
 
     done = ended("run", "bare.py", "-b", backend, "--log-format", "console")
 
-    sentence = r"worker 1 of stage same( \(pid \d+\))? could not go on: ConnectionError: no database(;.*)?\n"
+    sentence = r"worker 1 of stage same( \(pid \d+\))? could not go on: ConnectionError: no database"
+    sentence += r", while opening the resource db\(\) \(bare\.py:15\)(;.*)?\n"
     assert re.search(sentence + r"Traceback \(most recent call last\):\n", done.stderr)
     log = done.stderr.partition("\nstage ")[0]
     assert log.count("could not go on: ConnectionError: no database") == 5
