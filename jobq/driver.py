@@ -25,7 +25,7 @@ from jobq.allotment import Allotment
 from jobq.backend import HINT, Backend, Waitable, Worker
 from jobq.errors import BackendUnavailable, BrokenChannel, EndOfChannel, SpoiltChannel
 from jobq.pool import CRASH_LIMIT, SLOW_SECONDS, Member, Pool, describe_lack
-from jobq.report import EdgeCounts, StageCounts
+from jobq.report import EdgeCounts, StageCounts, counted
 from jobq.scheduler import CHUNK_JOBS, Dead, Line, Retried, Scheduler
 from jobq.wire import Answer, Chunk, Hello, Part
 
@@ -1116,7 +1116,8 @@ class Driver:
     def _give_up(self, why: str) -> None:
         if self.ending.gave_up is None:
             first, line, rest = why.partition("\n")
-            unfinished = f"{first.rstrip(':')}; giving up, {self.scheduler.unfinished} jobs unfinished"
+            left = counted(self.scheduler.unfinished, "job")
+            unfinished = f"{first.rstrip(':')}; giving up, {left} unfinished"
             more = [pool.line.name for pool in self._producers if pool.line.producing]
             if more:
                 unfinished += f", more to come from {', '.join(more)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import json
 import os
@@ -57,6 +58,15 @@ def safe_repr(value: object) -> str:
 def visible(text: str) -> str:
     """Return *text* with everything escaped that a terminal could take for an order; line breaks too."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """Let *error* say *note*, too, below its message: once, and never raising, whatever its class forbids."""
+    with contextlib.suppress(Exception):  # user code: __getattr__
+        notes = getattr(error, "__notes__", ())
+        notes = [*notes] if isinstance(notes, list | tuple) else []
+        if note not in notes:
+            BaseException.__setattr__(error, "__notes__", [*notes, note])
 
 
 def failure_of(

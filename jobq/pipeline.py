@@ -17,6 +17,7 @@ from jobq.letters import EXCEPTIONS_KEPT
 from jobq.load import refuse_while_loading
 from jobq.options import NOT_YET, RunOptions, read_run_options
 from jobq.outcome import Outcome
+from jobq.report import counted
 from jobq.results import Collect, Discard, Fates, JsonLines, Sink
 from jobq.running import Running, prepare
 from jobq.session import Session
@@ -448,7 +449,8 @@ def _raise_or_report(outcome: Outcome, options: RunOptions) -> Report:
     unloadable = len(outcome.unloadable)
     if options.check and (dead or unloadable):
         rest = f", {cancelled} cancelled" if cancelled else ""
-        rest += f", {unloadable} results that could not be loaded" if unloadable else ""
+        rest += f", {counted(unloadable, 'result')} that could not be loaded" if unloadable else ""
         exceptions = (*outcome.exceptions, *outcome.unloadable)[:EXCEPTIONS_KEPT]
-        raise JobsFailed(f"pipeline {report.pipeline!r}: {dead} dead letters{rest}", exceptions, report)
+        message = f"pipeline {report.pipeline!r}: {counted(dead, 'dead letter')}{rest}"
+        raise JobsFailed(message, exceptions, report)
     return report

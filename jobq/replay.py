@@ -27,7 +27,7 @@ from jobq.errors import Interrupted, PayloadError, PipelineError
 from jobq.failure import JsonForm, safe_text, visible
 from jobq.graph import Graph
 from jobq.inputs import Source
-from jobq.report import DeadLetter
+from jobq.report import DeadLetter, counted
 from jobq.stage import ProducerOptions, Stage
 from jobq.work import Addressed, Unfit
 
@@ -280,11 +280,6 @@ def _unpickled(letter: Letter, allowed: bool) -> Any:
     if not allowed:
         raise PayloadError("its item is pickled, and was not when the file was looked through")
     return pickle.loads(base64.b64decode(letter.item_pickle or "", validate=True))
-
-
-def counted(count: int, noun: str) -> str:
-    """Return how many of what, in words."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _named(lines: list[int]) -> str:

@@ -64,6 +64,19 @@ class DeadLetter(BaseModel):
     time: dt.datetime = Field(default_factory=lambda: dt.datetime.now(dt.UTC))
 
 
+#: The counts of a stage that a report tells in words, in this order.
+_TOLD = (
+    "received",
+    "done",
+    "filtered",
+    "dead",
+    "cancelled",
+    "retried",
+    "redelivered",
+    "worker_restarts",
+)
+
+
 class Report(BaseModel):
     """The whole run. ``ok`` says that nothing is dead and nothing was cancelled."""
 
@@ -77,3 +90,29 @@ class Report(BaseModel):
     dead: list[DeadLetter] = Field(default_factory=list)
     stages: dict[str, StageCounts] = Field(default_factory=dict)
     edges: list[EdgeCounts] = Field(default_factory=list)
+
+    def __str__(self) -> str:
+        """Return how the run went, a line for each stage: no item, result or dead letter is shown."""
+        results = sum(edge.received for edge in self.edges if edge.target is None)
+        # The letters that are kept are not all; what could not be loaded is in no stage's count.
+        letters = sum(letter.status == "dead" for letter in self.dead)
+        dead = max(letters, sum(counts.dead for counts in self.stages.values()))
+        ended = f"{'ok' if self.ok else 'not ok'}, {self.seconds:.1f} s"
+        gave = f"{counted(results, 'result')}, {counted(dead, 'dead letter')}"
+        stages = [f"  {name}: {_in_words(counts)}" for name, counts in self.stages.items()]
+        return "\n".join([f"pipeline {self.pipeline!r}, run {self.run}: {ended}, {gave}", *stages])
+
+
+def _in_words(counts: StageCounts) -> str:
+    """Return a stage's counts in a line; of most of them only those that are not zero."""
+    told = {name: getattr(counts, name) for name in _TOLD}
+    return ", ".join(
+        f"{count:,} {name.replace('_', ' ')}"
+        for name, count in told.items()
+        if count or name in ("received", "done")
+    )
+
+
+def counted(count: int, noun: str) -> str:
+    """Return how many of what, in words."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -31,6 +31,7 @@ from jobq.inlet import Entry, Inlet, Takers
 from jobq.ladder import Ladder, hand_on, interruption
 from jobq.letters import cannot_be_loaded, rebuild
 from jobq.lineage import Fate
+from jobq.report import counted
 from jobq.results import HEED_SECONDS
 from jobq.validation import Router, Validator
 from jobq.wire import Undecodable, owned
@@ -348,7 +349,8 @@ class Session:
                 self.wait_for(future, rest)
             except FutureTimeout:
                 left = sum(not Future.done(one) for one in waited_for)
-                raise JoinTimeout(f"{left} items are not settled after {timeout} s") from None
+                verb = "is" if left == 1 else "are"
+                raise JoinTimeout(f"{counted(left, 'item')} {verb} not settled after {timeout} s") from None
 
     def pause(self) -> None:
         """Begin no new job until `resume`; those in hand go on."""

@@ -179,6 +179,10 @@ def describe(stage: Stage | Resource) -> str:
     return f"{stage.name}() ({stage.location})"
 
 
+#: Begins the note on an error that came while a resource was opened; the end of a sentence about it.
+OPENING = "while opening the resource "
+
+
 def read_options(model: type[Options], what: str, given: dict[str, Any]) -> Any:
     """
     Return *given* as a *model*; *what* names the declaration.

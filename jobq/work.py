@@ -29,13 +29,13 @@ from jobq.arena import LARGE_BYTES, Slot
 from jobq.backend import DECODING, HINT, IDLE, LANES, LIMIT, STOPPING, Port, Work, may_begin, past
 from jobq.claims import CLAIM_JOBS, QUICK_SECONDS, Claims
 from jobq.errors import Interrupted, PayloadError, Skip, TimeLimitExceeded
-from jobq.failure import JsonForm, failure_of, pickling_hint, refusal, safe_repr, safe_text
+from jobq.failure import JsonForm, add_note, failure_of, pickling_hint, refusal, safe_repr, safe_text
 from jobq.locks import inside, join, joined
 from jobq.outbox import DONE, FAILED, FILTERED, ManyRoutes, NoTaker, OneRoute, Outbox, Packer, Piece, Tally
 from jobq.retirement import Retirement
 from jobq.shapes import MOST_HEADS, SCALARS, Keys, shape_of
 from jobq.shared import Proxy
-from jobq.stage import Job, Resource, Shard, Stage
+from jobq.stage import OPENING, Job, Resource, Shard, Stage, describe
 from jobq.validation import Router, Validator, decided_by_types
 from jobq.wire import (
     CHUNK_BYTES,
@@ -213,12 +213,19 @@ class Resources:
                     opened[use.resource.name] = Proxy(use.resource.name)
                     continue
                 wanted = {b.name: opened[b.name] for b in use.signature.bindings if b.name in opened}
-                made = use.resource.function(**{**wanted, **use.values})
-                if use.signature.is_generator:
-                    made = self._stack.enter_context(contextlib.contextmanager(lambda made=made: made)())
-                opened[use.resource.name] = made
+                try:
+                    opened[use.resource.name] = self._open(use, wanted)
+                except BaseException as error:  # user code
+                    add_note(error, f"{OPENING}{describe(use.resource)}")
+                    raise
             self._opened = opened
         return self._opened
+
+    def _open(self, use: ResourceUse, wanted: Mapping[str, Any]) -> Any:
+        made = use.resource.function(**{**wanted, **use.values})
+        if use.signature.is_generator:
+            made = self._stack.enter_context(contextlib.contextmanager(lambda: made)())
+        return made
 
     def close(self) -> None:
         """Close what was opened."""

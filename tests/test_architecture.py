@@ -56,6 +56,7 @@ LAYERS = (
     {"pipeline"},
     {"mapping"},
     {"cli", "testing"},
+    {"__main__"},
 )
 #: Rooms that may import less than their layer may, and those that they may import (besides themselves).
 NARROW = {

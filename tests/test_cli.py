@@ -571,7 +571,8 @@ def test_a_worker_that_cant_go_on_is_told_in_a_sentence_and_a_traceback_once(
 
     done = ended("run", "bare.py", "-b", backend, "--log-format", "console")
 
-    sentence = r"worker 1 of stage same( \(pid \d+\))? could not go on: ConnectionError: no database(;.*)?\n"
+    sentence = r"worker 1 of stage same( \(pid \d+\))? could not go on: ConnectionError: no database"
+    sentence += r", while opening the resource db\(\) \(bare\.py:15\)(;.*)?\n"
     assert re.search(sentence + r"Traceback \(most recent call last\):\n", done.stderr)
     log = done.stderr.partition("\nstage ")[0]
     assert log.count("could not go on: ConnectionError: no database") == 5
@@ -588,6 +589,16 @@ def test_a_target_that_cant_be_found_is_a_paragraph_and_code_2(command: str, tar
     assert done.stderr.startswith("jobq: ")
     assert len(done.stderr.splitlines()) <= 2
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("start_method", ["fork", "forkserver", "spawn"])
+def test_the_package_itself_is_the_command(start_method: str, here: Path) -> None:
+    how: dict[str, Any] = {"cwd": here, "capture_output": True, "text": True, "timeout": 60}
+    run = ["run", "zoo.py", "-q", "-o", "-", "--start-method", start_method]
+
+    done = subprocess.run([sys.executable, "-m", "jobq", *run], check=False, **how)
+
+    assert (sorted(done.stdout.splitlines()), done.returncode) == (['"CAT 0"', '"CAT 1"', '"CAT 2"'], 0)
 
 
 def test_help_imports_nothing_that_only_a_run_needs() -> None:

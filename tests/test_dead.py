@@ -612,6 +612,18 @@ def test_a_replay_that_leaves_nothing_out_ends_with_code_0() -> None:
     assert jobq("dead", "replay", written(letter(), letter(job=8)), "--inline").exit_code == 0
 
 
+def test_results_of_a_replay_that_nobody_writes_are_told() -> None:
+    file = written(letter(), letter(job=8))
+
+    told = jobq("dead", "replay", file, "--inline")
+    eaten = jobq("dead", "replay", written(letter(item={"number": 100})), "--inline")
+
+    assert "2 results went nowhere: with -o FILE results are written" in told.stderr
+    assert "nowhere" not in eaten.stderr, "there is no result"
+    for more in (["-o", "results.jsonl"], ["-q"]):
+        assert "nowhere" not in jobq("dead", "replay", file, "--inline", *more).stderr
+
+
 def test_what_dies_again_goes_to_a_new_file_that_can_be_replayed() -> None:
     file = Path(written(letter(item={"number": 1}), letter(item={"number": 2}), letter(item={"number": 3})))
     before = file.read_bytes()

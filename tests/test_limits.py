@@ -290,7 +290,7 @@ def test_a_run_without_time_says_who_had_more_to_give(backend: str) -> None:
     @pipeline.consumer
     def work(item: int) -> None: ...
 
-    with pytest.raises(RunFailed, match=r"giving up, \d+ jobs unfinished, more to come from numbers$"):
+    with pytest.raises(RunFailed, match=r"giving up, [\d,]+ jobs? unfinished, more to come from numbers$"):
         pipeline.run(backend=backend, timeout=1e-9)
 
 

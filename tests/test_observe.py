@@ -503,6 +503,22 @@ def test_the_summary_is_a_table_and_a_line() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("counts", "file", "expected"),
+    [
+        ({"cancelled": 27}, None, "27 cancelled"),
+        ({"cancelled": 27}, Path("zoo.jsonl"), "27 cancelled in zoo.jsonl"),
+        ({"dead": 1, "cancelled": 2}, Path("zoo.jsonl"), "1 dead letter, 2 cancelled in zoo.jsonl"),
+    ],
+)
+def test_what_was_cancelled_is_told_apart_in_the_summary(
+    counts: dict[str, int], file: Path | None, expected: str
+) -> None:
+    told = summary(report(parse=StageCounts(**counts)), file)
+
+    assert told.splitlines()[-1] == expected
+
+
 def test_the_summary_of_huge_numbers_and_names_fits_80_columns() -> None:
     huge = 10**12
     counts = StageCounts(done=huge, filtered=huge, dead=huge, cancelled=huge, retried=huge, busy_seconds=1e9)

@@ -1021,6 +1021,20 @@ def test_whatever_an_async_job_raises_is_its_own_failure(name: str, error: BaseE
         assert report.stages["check"].worker_restarts == 0
 
 
+@pytest.mark.parametrize(("failing", "told"), [(1, "1 dead letter"), (2, "2 dead letters")])
+def test_dead_letters_are_told_in_the_right_number(failing: int, told: str) -> None:
+    pipeline = ints(failing)
+
+    @pipeline.consumer
+    def check(i: int) -> None:
+        raise ValueError(i)
+
+    with pytest.raises(JobsFailed) as caught:
+        pipeline.run(backend="inline")
+
+    assert caught.value.message == f"pipeline 'test': {told}"
+
+
 def test_a_run_with_dead_letters_raises_them_at_its_end(backend: str) -> None:
     pipeline = ints(5)
 
@@ -1177,7 +1191,7 @@ def test_a_result_that_can_t_be_loaded_is_told_and_the_run_is_not_fine() -> None
     assert (letter.stage, letter.error) == ("work", "PayloadError")
     assert "a result of work() could not be loaded: ValueError: invalid literal" in letter.message
 
-    with pytest.raises(JobsFailed, match="1 results that could not be loaded") as caught:
+    with pytest.raises(JobsFailed, match="0 dead letters, 1 result that could not be loaded") as caught:
         pipeline.run(backend="pipe", collect=True)
     assert [str(error) for error in caught.value.exceptions] == [letter.message]
     assert caught.value.report.results == [0, 2]
@@ -1894,6 +1908,25 @@ def test_what_a_job_prints_and_leaves_in_a_buffer_is_not_lost(tmp_path: Path) ->
 
         assert sorted(told.stdout.split("\n")) == ["", "job 0", "job 1", "job 2"]
         assert told.stderr == ""
+
+
+def test_a_report_tells_in_a_few_lines_how_the_run_went(backend: str) -> None:
+    pipeline = ints(1200)
+
+    @pipeline.consumer(max_retries=1, min_backoff=0)
+    def check(i: int) -> str | None:
+        if i == 1:
+            raise ValueError("an item that nobody wants to see")
+        return "result" if i < 3 else None
+
+    report = run(pipeline, backend)
+
+    assert str(report).splitlines() == [
+        f"pipeline 'test', run {report.run}: not ok, {report.seconds:.1f} s, 2 results, 1 dead letter",
+        "  numbers: 1,200 received, 1,200 done",
+        "  check: 1,200 received, 2 done, 1,197 filtered, 1 dead, 1 retried",
+    ]
+    assert "nobody wants to see" in repr(report)
 
 
 def test_reports_can_be_pickled(backend: str) -> None:

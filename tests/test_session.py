@@ -644,7 +644,7 @@ def test_waiting_has_a_limit(backend: str) -> None:
             future.exception(0.02)
         done, rest = concurrent.futures.wait([future], 0.02)
         assert (len(done), len(rest)) == (0, 1)
-        with pytest.raises(JoinTimeout, match="1 items are not settled after"):
+        with pytest.raises(JoinTimeout, match="1 item is not settled after"):
             run.join(0.02)
         run.resume()
         assert future.result(PATIENCE) == 2

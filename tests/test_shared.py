@@ -319,9 +319,8 @@ def test_one_that_can_not_be_opened_ends_the_run_before_any_job(one_of_each: str
     def work(i: int, broken: dict[str, int]) -> None:
         notes.add(i)
 
-    with pytest.raises(
-        RunFailed, match=r"keeper of the run-scoped resources could not go on: .*no such place"
-    ):
+    reason = r"could not go on: .*no such place, while opening the resource broken\(\) \(.*\.py:\d+\);"
+    with pytest.raises(RunFailed, match=f"keeper of the run-scoped resources {reason}"):
         pipeline.run(backend=one_of_each)
 
     assert notes.lines() == []

@@ -321,7 +321,7 @@ def test_the_second_stop_gets_through_whatever_the_workers_do(processes: str, ho
     run.shows(r"stopping the jobs in progress, \d+ accepted items unfinished")
 
     assert run.ends() == 130
-    received = re.search(r"\n(\d+) dead letters in", run.text)
+    received = re.search(r"\n(\d+) cancelled in", run.text)
     assert received is not None
     balanced(run, given=int(received[1]))
     assert run.done() == set()

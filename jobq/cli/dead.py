@@ -18,6 +18,7 @@ from jobq.cli.run import claim_stdout, conclude, execute, occupy_standard_stream
 if TYPE_CHECKING:
     from jobq.options import RunOptions
     from jobq.replay import Letter
+    from jobq.report import Report
 
 _FILE = click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 
@@ -190,7 +191,8 @@ def replay(
     """
     with explained():
         from jobq.load import load_target
-        from jobq.replay import counted, own_target, plan_replay, survey
+        from jobq.replay import own_target, plan_replay, survey
+        from jobq.report import counted
 
         if inline or pdb:
             _stay_here(given)
@@ -212,6 +214,8 @@ def replay(
         on_error = _post_mortem() if pdb else None
         outcome = execute(loaded, options, params, output_fd, source=plan.source, on_error=on_error)
         conclude(outcome, options, quiet=quiet)
+        if not quiet and options.output is None:
+            _tell_of_unwritten(outcome.report)
     flush_stdout()
     sys.exit(exit_code(outcome) or (FAILED if plan.left_out else 0))
 
@@ -238,6 +242,15 @@ def _keep_apart(file: Path, options: RunOptions) -> None:
         written = None if path is None else dead_letter_path(path, pipeline="", run="")
         if written is not None and written.exists() and written.samefile(file):
             raise click.UsageError(f"{option} is {file} itself, which is being read: name another file.")
+
+
+def _tell_of_unwritten(report: Report) -> None:
+    """Say that results went nowhere, if there were any: whoever replays mostly wants them."""
+    from jobq.report import counted
+
+    results = sum(edge.received for edge in report.edges if edge.target is None)
+    if results:
+        say(f"{counted(results, 'result')} went nowhere: with -o FILE results are written.")
 
 
 def _post_mortem() -> Callable[[str, int, BaseException], None]:

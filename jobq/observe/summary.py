@@ -48,10 +48,13 @@ def _notes(report: Report, dead_letters: Path | None) -> list[str]:
     if restarts or redelivered:
         again = f"{_counted(redelivered, 'job')} delivered again"
         notes.append(f"{_counted(restarts, 'worker')} replaced, {again}")
-    given_up = sum(counts.dead + counts.cancelled for counts in stages)
+    dead, cancelled = sum(s.dead for s in stages), sum(s.cancelled for s in stages)
+    given_up = [_counted(dead, "dead letter")] * bool(dead) + [f"{number(cancelled)} cancelled"] * bool(
+        cancelled
+    )
     if given_up:
         where = f" in {dead_letters}" if dead_letters else ""
-        notes.append(f"{_counted(given_up, 'dead letter')}{where}")
+        notes.append(f"{', '.join(given_up)}{where}")
     return notes
 
 
