@@ -109,6 +109,10 @@ def read_signature(declared: Stage | Resource) -> Signature:
     if isinstance(declared, Stage) and declared.kind == "consumer":
         taken = _read_item(declared, parameters, problems)
     bindings = _read_bindings([p for p in parameters if p.name != taken.get("item")], problems)
+    if isinstance(declared, Resource):
+        problems += [
+            f"its {one.name} is a Shard, which stages have" for one in bindings if one.kind == "shard"
+        ]
     given = _read_return(declared, resolve(signature.return_annotation), problems)
     return Signature(**taken, **given, bindings=bindings, problems=tuple(problems))
 

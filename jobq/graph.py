@@ -164,8 +164,10 @@ class _Check:
         }
         self._resource_cycles(inner)
         self.problems += _unequal_scopes(inner)
+        self.problems += _unfit_for_all(inner)
         for node in nodes.values():
             self.problems += _contradictions(node)
+            self.problems += _unawaited(node, inner)
         loops = frozenset(
             (edge.source, edge.target)
             for edge in edges
@@ -522,6 +524,32 @@ def _unequal_scopes(resources: Mapping[str, ResourceNode]) -> Iterator[str]:
                     f"{describe(who)}: there is one for the run, but it needs {describe(needed)}, of which "
                     f'every worker has its own: let that be @pipeline.resource(scope="run"), too.'
                 )
+
+
+def _unfit_for_all(resources: Mapping[str, ResourceNode]) -> Iterator[str]:
+    """Yield what a resource that there is once for the run can't be, or ask for."""
+    for node in resources.values():
+        if node.resource.options.scope == "run":
+            if node.signature.is_async:
+                yield f"{describe(node.resource)}: one for the run can't be async: make it a plain function."
+            if any(binding.kind == "job" for binding in node.signature.bindings):
+                yield f"{describe(node.resource)}: one for the run has no Job: ask for it in the stage."
+
+
+def _unawaited(node: Node, resources: Mapping[str, ResourceNode]) -> Iterator[str]:
+    """Yield which async resources a stage needs, itself or through others, that has no event loop."""
+    front, seen = list(node.resources), set[str]()
+    while front and not node.signature.is_async:
+        name = front.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        if resources[name].signature.is_async:
+            yield (
+                f"{describe(node.stage)} needs the async resource {describe(resources[name].resource)}, and "
+                "is not async itself: make the stage async def, or the resource a plain function."
+            )
+        front += resources[name].resources
 
 
 def _bound(declared: Stage | Resource) -> Mapping[str, Any]:

@@ -23,7 +23,7 @@ from jobq.listener import Listener
 from jobq.locks import ThreadPlace, here, inside, join, joined, keeper_address
 from jobq.shared import Board
 from jobq.wire import Order
-from jobq.work import Resources, ResourceUse
+from jobq.work import Resources, ResourceUse, at_once
 
 if TYPE_CHECKING:
     from jobq.backend import Work
@@ -85,14 +85,14 @@ class _InThisThread(_Keeping):
         self._place = place
         self._resources = Resources(uses, keeping=True)
         try:
-            place.perform = Board(self._resources.values()).perform
+            place.perform = Board(at_once(self._resources.values())).perform
         except BaseException:
-            self._resources.close()
+            at_once(self._resources.close())
             raise
 
     def close(self) -> None:
         self._place.perform = None
-        self._resources.close()
+        at_once(self._resources.close())
 
 
 class _InItsThread(_Keeping):
@@ -125,8 +125,10 @@ class _InItsThread(_Keeping):
         error: BaseException | None = None
         with inside(self._place):
             try:
-                with contextlib.closing(self._resources):
-                    self._serve(Board(self._resources.values()))
+                try:
+                    self._serve(Board(at_once(self._resources.values())))
+                finally:
+                    at_once(self._resources.close())
             except BaseException as raised:  # user code
                 error = raised
         self._said.put(error)

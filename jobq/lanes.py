@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -343,7 +343,7 @@ class AsyncLanes(Lanes):
     def __init__(self, recipe: StageRecipe, port: Port) -> None:
         super().__init__(recipe, port)
         self._tally: LaneTally | None = None
-        self._caller = Caller(recipe, port, lambda: self._tally)
+        self._caller = Caller(recipe, port, lambda: self._tally, self._run_there)
         self._free = list(range(recipe.lanes))
         self._waiting: deque[Task] = deque()
         self._running: set[asyncio.Task[None]] = set()
@@ -359,6 +359,20 @@ class AsyncLanes(Lanes):
         """Hand a chunk's jobs to the event loop."""
         self._caller.prepare()
         super().run(order)
+
+    def _run_there(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Return what *coroutine* returns on the event loop; raises what it raises."""
+
+        async def run() -> tuple[Any, BaseException | None]:
+            try:
+                return await coroutine, None
+            except BaseException as error:  # user code: SystemExit would end the loop
+                return None, error
+
+        given, error = asyncio.run_coroutine_threadsafe(run(), self._loop).result()
+        if error is not None:
+            raise error
+        return given
 
     def _begin(self, task: Task) -> None:
         self._loop.call_soon_threadsafe(self._admit, task)
@@ -410,11 +424,13 @@ class AsyncLanes(Lanes):
     def close(self) -> None:
         """End the loop once everything that it was given has ended."""
         asyncio.run_coroutine_threadsafe(self._drain(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-        self._caller.close()
-        self._close_flusher()
+        try:
+            self._caller.close()
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+            self._close_flusher()
 
     async def _drain(self) -> None:
         while self._waiting or self._running:

@@ -14,12 +14,12 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from operator import is_not
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from typing_extensions import is_typeddict
 
@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from jobq.observe.log import LogSettings
 
 Function = Callable[..., Any]
+T = TypeVar("T")
 
 #: Takes all that an iterator yields, and keeps none of it.
 consume = deque[Any](maxlen=0).extend
@@ -195,16 +196,21 @@ class Resources:
     """
     A worker's (or a lane's) resources: opened before its first job, closed in reverse order.
 
-    With *keeping* the run-scoped ones are opened here, too: else they are with the keeper.
+    With *keeping* the run-scoped ones are opened here, too: else they are with the keeper. *job* makes what
+    one gets that asks for its `Job`. Its coroutines wait only where one of the resources is async: else
+    `at_once` will do.
     """
 
-    def __init__(self, uses: Sequence[ResourceUse], *, keeping: bool = False) -> None:
+    def __init__(
+        self, uses: Sequence[ResourceUse], job: Callable[[], Job] | None = None, *, keeping: bool = False
+    ) -> None:
         self._uses = uses
+        self._job = job
         self._keeping = keeping
-        self._stack = contextlib.ExitStack()
+        self._stack = contextlib.AsyncExitStack()
         self._opened: dict[str, Any] | None = None
 
-    def values(self) -> dict[str, Any]:
+    async def values(self) -> dict[str, Any]:
         """Return every resource by name, opening them the first time."""
         if self._opened is None:
             opened: dict[str, Any] = {}
@@ -213,23 +219,37 @@ class Resources:
                     opened[use.resource.name] = Proxy(use.resource.name)
                     continue
                 wanted = {b.name: opened[b.name] for b in use.signature.bindings if b.name in opened}
+                if self._job is not None:
+                    wanted |= {b.name: self._job() for b in use.signature.bindings if b.kind == "job"}
                 try:
-                    opened[use.resource.name] = self._open(use, wanted)
+                    opened[use.resource.name] = await self._open(use, wanted)
                 except BaseException as error:  # user code
                     add_note(error, f"{OPENING}{describe(use.resource)}")
                     raise
             self._opened = opened
         return self._opened
 
-    def _open(self, use: ResourceUse, wanted: Mapping[str, Any]) -> Any:
+    async def _open(self, use: ResourceUse, wanted: Mapping[str, Any]) -> Any:
         made = use.resource.function(**{**wanted, **use.values})
+        if use.signature.is_async and use.signature.is_generator:
+            return await self._stack.enter_async_context(contextlib.asynccontextmanager(lambda: made)())
         if use.signature.is_generator:
-            made = self._stack.enter_context(contextlib.contextmanager(lambda: made)())
-        return made
+            return self._stack.enter_context(contextlib.contextmanager(lambda: made)())
+        return await made if use.signature.is_async else made
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Close what was opened."""
-        self._stack.close()
+        await self._stack.aclose()
+
+
+def at_once(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Return what *coroutine* returns, which waits for nothing: it needs no event loop."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        value: T = end.value
+        return value
+    raise RuntimeError(f"{coroutine} waits, and there is no event loop")
 
 
 class JsonCodec(PickleCodec):
@@ -351,13 +371,24 @@ class Noted(Protocol):
 
 
 class Caller:
-    """Calls a stage's function with an item, its resources, its parameters and, if it asks, its `Job`."""
+    """
+    Calls a stage's function with an item, its resources, its parameters and, if it asks, its `Job`.
 
-    def __init__(self, recipe: StageRecipe, port: Port, tally: Callable[[], Noted | None]) -> None:
+    *run* runs the coroutines by which resources are opened and closed where the function's own run.
+    """
+
+    def __init__(
+        self,
+        recipe: StageRecipe,
+        port: Port,
+        tally: Callable[[], Noted | None],
+        run: Callable[[Coroutine[Any, Any, Any]], Any] = at_once,
+    ) -> None:
         self._recipe = recipe
         self._tally = tally
         self._page = port.page
-        self._resources = Resources(recipe.resources)
+        self._run = run if recipe.resources and recipe.signature.is_async else at_once
+        self._resources = Resources(recipe.resources, lambda: self._job(None, 0, 0))
         signature = recipe.signature
         self._job_names = [b.name for b in signature.bindings if b.kind == "job"]
         self.wants_job = bool(self._job_names)
@@ -370,7 +401,7 @@ class Caller:
             return
         self._ready = True
         recipe, signature = self._recipe, self._recipe.signature
-        opened = self._resources.values()
+        opened = self._run(self._resources.values())
         fixed: dict[str, Any] = {
             b.name: opened[b.name] for b in signature.bindings if b.kind == "free" and b.name in opened
         }
@@ -385,8 +416,11 @@ class Caller:
 
     def job(self, part: Part | None, index: int, offset: int) -> dict[str, Job]:
         """Return the `Job` arguments for one call."""
+        return dict.fromkeys(self._job_names, self._job(part, index, offset))
+
+    def _job(self, part: Part | None, index: int, offset: int) -> Job:
         number = part.first + offset if part is not None else index
-        job = Job(
+        return Job(
             id=f"{self._recipe.run}/{self._recipe.stage.name}/{number}",
             stage=self._recipe.stage.name,
             attempt=part.attempt if part is not None else 1,
@@ -396,7 +430,6 @@ class Caller:
             note=partial(self._note, index),
             stopping=self._stopping,
         )
-        return dict.fromkeys(self._job_names, job)
 
     def _logger(self, number: int, part: Part | None) -> Any:
         from jobq.observe.log import job_logger
@@ -421,7 +454,7 @@ class Caller:
 
     def close(self) -> None:
         """Close the resources."""
-        self._resources.close()
+        self._run(self._resources.close())
 
 
 def _by_name(function: Function, name: str) -> Function:
@@ -564,8 +597,8 @@ class Serial:
             retirement=self._retirement,
             patient=self._is_patient,
         )
-        self._caller = Caller(recipe, port, lambda: self._outbox.tally)
         self._awaiter = Awaiter()
+        self._caller = Caller(recipe, port, lambda: self._outbox.tally, self._awaiter.run)
         self._retry_on = recipe.stage.consumer.retry_on
         self._nullable = signature.nullable
         self._plain = (
@@ -918,8 +951,8 @@ class Producer:
             refuse=self._refuse,
             drops_none=self._drops_none,
         )
-        self._caller = Caller(recipe, port, lambda: self._outbox.tally)
         self._awaiter = Awaiter()
+        self._caller = Caller(recipe, port, lambda: self._outbox.tally, self._awaiter.run)
         self._items: Any = None
         self._given_by: Any = None
         self._source: Any = None

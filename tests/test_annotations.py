@@ -10,6 +10,7 @@ import dataclasses
 import datetime as dt
 import enum
 import functools
+import re
 import sys
 import typing
 from collections import abc
@@ -693,7 +694,9 @@ REFUSED: list[tuple[Any, Any]] = [
 
 
 def names(pair: Any) -> str:
-    return spell(pair) if not isinstance(pair, tuple) else "-".join(map(spell, pair))
+    """Return the id of a parameter: the same in every process, wherever objects lie."""
+    spelled = spell(pair) if not isinstance(pair, tuple) else "-".join(map(spell, pair))
+    return re.sub(r" at 0x[0-9a-f]+", "", spelled)
 
 
 @pytest.mark.parametrize(("taker", "given"), TAKEN, ids=names)
