@@ -27,6 +27,7 @@ from jobq.errors import BackendUnavailable, BrokenChannel, EndOfChannel, SpoiltC
 from jobq.pool import CRASH_LIMIT, SLOW_SECONDS, Member, Pool, describe_lack
 from jobq.report import EdgeCounts, StageCounts, counted
 from jobq.scheduler import CHUNK_JOBS, Dead, Line, Retried, Scheduler
+from jobq.stage import CLOSING
 from jobq.wire import Answer, Chunk, Hello, Part
 
 if TYPE_CHECKING:
@@ -683,6 +684,9 @@ class Driver:
             self._tell(
                 events.WorkerLostEvent(line.name, name, member.worker.pid, why, jobs, back, *deliveries)
             )
+        if CLOSING in reason.partition("\n")[0] and not stopped:
+            # What its jobs had done is not undone, but nobody knows what became of it (a commit, say).
+            self.ending.gave_up = self.ending.gave_up or f"stage {line.name}: worker {name} {reason}"
         self._report_happenings()
         self._pass_results()
         self._tell_fates()

@@ -179,8 +179,8 @@ def describe(stage: Stage | Resource) -> str:
     return f"{stage.name}() ({stage.location})"
 
 
-#: Begins the note on an error that came while a resource was opened; the end of a sentence about it.
-OPENING = "while opening the resource "
+#: Begin the note on an error that came while a resource was opened or closed; the end of a sentence.
+OPENING, CLOSING = "while opening the resource ", "while closing the resource "
 
 
 def read_options(model: type[Options], what: str, given: dict[str, Any]) -> Any:

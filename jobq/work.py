@@ -35,7 +35,7 @@ from jobq.outbox import DONE, FAILED, FILTERED, ManyRoutes, NoTaker, OneRoute, O
 from jobq.retirement import Retirement
 from jobq.shapes import MOST_HEADS, SCALARS, Keys, shape_of
 from jobq.shared import Proxy
-from jobq.stage import OPENING, Job, Resource, Shard, Stage, describe
+from jobq.stage import CLOSING, OPENING, Job, Resource, Shard, Stage, describe
 from jobq.validation import Router, Validator, decided_by_types
 from jobq.wire import (
     CHUNK_BYTES,
@@ -209,6 +209,7 @@ class Resources:
         self._keeping = keeping
         self._stack = contextlib.AsyncExitStack()
         self._opened: dict[str, Any] | None = None
+        self._failure: BaseException | None = None
 
     async def values(self) -> dict[str, Any]:
         """Return every resource by name, opening them the first time."""
@@ -231,11 +232,19 @@ class Resources:
 
     async def _open(self, use: ResourceUse, wanted: Mapping[str, Any]) -> Any:
         made = use.resource.function(**{**wanted, **use.values})
+        if use.signature.is_generator:
+            self._stack.push(partial(self._name_failure, use.resource))  # called after its own end
         if use.signature.is_async and use.signature.is_generator:
             return await self._stack.enter_async_context(contextlib.asynccontextmanager(lambda: made)())
         if use.signature.is_generator:
             return self._stack.enter_context(contextlib.contextmanager(lambda: made)())
         return await made if use.signature.is_async else made
+
+    def _name_failure(self, resource: Resource, _: object, error: BaseException | None, __: object) -> None:
+        """Say of an error at the end which resource it came from: the first that sees it."""
+        if error is not None and error is not self._failure:
+            self._failure = error
+            add_note(error, f"{CLOSING}{describe(resource)}")
 
     async def close(self) -> None:
         """Close what was opened."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from jobq import Job, Pipeline, PipelineError
+from jobq import Job, Pipeline, PipelineError, RunFailed
 from jobq.retirement import LOOK_NS, Retirement, resident
 from tests.test_run import BACKENDS, PROCESSES, Notes, ints, run
 
@@ -138,7 +138,9 @@ def test_workers_that_die_before_they_may_retire_lose_nothing(backend: str, note
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_resource_that_fails_to_close_at_a_retirement_harms_no_job(backend: str, notes: Notes) -> None:
+def test_a_resource_that_fails_to_close_at_a_retirement_harms_no_job_and_is_told_at_the_end(
+    backend: str, notes: Notes
+) -> None:
     pipeline = ints(12)
 
     @pipeline.resource
@@ -151,10 +153,12 @@ def test_a_resource_that_fails_to_close_at_a_retirement_harms_no_job(backend: st
         notes.add(item)
         return item
 
-    report = run(pipeline, backend)
+    with pytest.raises(RunFailed, match="can't be closed, while closing the resource broken") as caught:
+        run(pipeline, backend)
 
     assert sorted(map(int, notes.lines())) == list(range(12))
-    assert report.ok
+    assert caught.value.report is not None
+    assert caught.value.report.stages["work"].done == 12
 
 
 @pytest.mark.parametrize("backend", PROCESSES)

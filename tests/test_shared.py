@@ -326,18 +326,24 @@ def test_one_that_can_not_be_opened_ends_the_run_before_any_job(one_of_each: str
     assert notes.lines() == []
 
 
-def test_one_that_can_not_be_closed_is_not_hidden(one_of_each: str) -> None:
+@pytest.mark.parametrize("scope", ["run", "worker"])
+def test_one_that_can_not_be_closed_is_not_hidden(one_of_each: str, scope: str) -> None:
     pipeline = ints(3)
 
     @pipeline.resource(scope="run")
+    def kept() -> Iterator[dict[str, int]]:
+        yield {}
+
+    @pipeline.resource(scope=scope)
     def leaky() -> Iterator[dict[str, int]]:
         yield {}
         raise ValueError("not written")
 
     @pipeline.consumer
-    def work(i: int, leaky: dict[str, int]) -> None: ...
+    def work(i: int, leaky: dict[str, int], kept: dict[str, int]) -> None: ...
 
-    with pytest.raises(RunFailed, match="not written") as caught:
+    failure = r"not written, while closing the resource leaky\(\) \(.*\.py:\d+\)"
+    with pytest.raises(RunFailed, match=failure) as caught:
         pipeline.run(backend=one_of_each)
 
     assert caught.value.report is not None

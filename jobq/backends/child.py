@@ -32,7 +32,7 @@ from jobq.backend import LIMIT, REGION, Port, Preload, Recipe, serve
 from jobq.backends.channel import READ_SIZE, Incoming, SharedPage, unwritten, write_whole
 from jobq.errors import EndOfChannel
 from jobq.load import UNGUARDED, load_preload
-from jobq.stage import OPENING
+from jobq.stage import CLOSING, OPENING
 from jobq.wire import MAGIC, PREFIX, Answer, Buffer, Bye, Codec, Hello, Order, PickleCodec, Said, pack, unpack
 
 #: A frame without header and body: no more orders come.
@@ -374,14 +374,14 @@ def describe_failure(error: BaseException) -> str:
     named = traceback.format_exception_only(error)
     # A syntax error is preceded by its place, a message may have several lines, and notes may follow.
     reason = next((line for line in named if not line.startswith(" ")), named[-1]).partition("\n")[0]
-    place = _opening(error)
+    place = _which_resource(error)
     return f"could not go on: {reason}{place}\n{''.join(traceback.format_exception(error)).rstrip()}"
 
 
-def _opening(error: BaseException) -> str:
+def _which_resource(error: BaseException) -> str:
     notes = getattr(error, "__notes__", None)
     known = [note for note in notes if isinstance(note, str)] if isinstance(notes, list) else []
-    return next((f", {note}" for note in known if note.startswith(OPENING)), "")
+    return next((f", {note}" for note in known if note.startswith((OPENING, CLOSING))), "")
 
 
 def describe_exit(code: int) -> str:
