@@ -225,6 +225,17 @@ def test_an_item_that_fails_raises_at_its_turn_and_ends_the_run(backend: str, or
     assert "in work" in str(caught.value.__cause__)
 
 
+@pytest.mark.parametrize("ordered", [True, False], ids=["ordered", "unordered"])
+def test_what_an_item_raises_says_at_which_index_it_was(backend: str, ordered: bool) -> None:
+    def work(text: str) -> int:
+        return len(text) // (text != "c\n")
+
+    with pytest.raises(ZeroDivisionError) as caught:
+        list(jobq.map(work, ["a", "b", "c\n"], backend=backend, ordered=ordered))
+
+    assert caught.value.__notes__ == [r"stage work, job 2, item 'c\n', at index 2 of the input"]
+
+
 def test_an_input_that_raises_ends_the_run(backend: str) -> None:
     def items() -> Iterator[int]:
         yield 1
@@ -236,8 +247,9 @@ def test_an_input_that_raises_ends_the_run(backend: str) -> None:
 
 @pytest.mark.parametrize("name", PROCESSES)
 def test_what_cannot_be_pickled_raises(name: str) -> None:
-    with pytest.raises(PayloadError, match="not me"):
-        list(jobq.map(square, [Unpicklable()], backend=name))
+    with pytest.raises(PayloadError, match="not me") as caught:
+        list(jobq.map(square, [1, Unpicklable()], backend=name))
+    assert caught.value.__notes__[0].endswith(", at index 1 of the input")
     with pytest.raises(PayloadError, match="not me"):
         list(jobq.map(lambda _: Unpicklable(), [1], backend=name))
 

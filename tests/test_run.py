@@ -1020,6 +1020,67 @@ def test_whatever_an_async_job_raises_is_its_own_failure(name: str, error: BaseE
         assert report.stages["check"].worker_restarts == 0
 
 
+class Deaf(Exception):
+    """An exception to which nothing can be added."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(name)
+
+
+def test_exceptions_say_which_job_of_which_stage_they_are_of(backend: str) -> None:
+    pipeline = Pipeline("test")
+    long = "x" * 300
+
+    @pipeline.producer
+    def texts() -> Iterator[str]:
+        yield from ("plain\n", long, "odd", "fine")
+        raise KeyError("no more")
+
+    @pipeline.consumer
+    def parse(text: str) -> None:
+        if text.startswith("plain"):
+            raise Plain("plain")
+        if text == long:
+            raise Deaf("deaf")
+        if text == "odd":
+            raise Odd(1, 2)
+
+    with pytest.raises(JobsFailed) as caught:
+        pipeline.run(backend=backend)
+
+    notes = {type(error).__name__: error.__notes__ for error in caught.value.exceptions}
+    assert notes == {
+        "Plain": [r"stage parse, job 0, item 'plain\n'"],
+        "Deaf": [f"stage parse, job 1, item '{'x' * 198}…"],
+        "JobqError": ["item 'odd'"],  # its message says the rest
+        "KeyError": ["stage texts, the producer"],
+    }
+    deaf = next(error for error in caught.value.exceptions if isinstance(error, Deaf))
+    assert "raise Deaf(" in str(deaf.__cause__)
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_the_exception_of_a_job_that_nobody_could_ask_says_its_item_and_nothing_twice(name: str) -> None:
+    pipeline = ints(3)
+
+    @pipeline.consumer(max_deliveries=1)
+    def check(i: int) -> list[int]:
+        if i == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return [i]
+
+    @pipeline.consumer(max_deliveries=1)
+    def kill(some: list[int]) -> None:
+        if some == [2]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(JobsFailed) as caught:
+        pipeline.run(backend=name)
+
+    told = {str(error).partition(":")[0]: error.__notes__ for error in caught.value.exceptions}
+    assert told == {"stage check, job 1": ["item 1"], "stage kill, job 1": ["item [2]"]}
+
+
 @pytest.mark.parametrize(("failing", "told"), [(1, "1 dead letter"), (2, "2 dead letters")])
 def test_dead_letters_are_told_in_the_right_number(failing: int, told: str) -> None:
     pipeline = ints(failing)
