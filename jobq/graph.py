@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jobq.annotations import EMPTY, Binding, Signature, accepts, read_signature, spell
+from jobq.annotations import EMPTY, Binding, Signature, accepts, contained, read_signature, spell
 from jobq.errors import PipelineError
 from jobq.stage import ProducerOptions, Resource, Stage, describe
 from jobq.validation import read_parameter
@@ -291,16 +291,21 @@ class _Check:
     def _nothing_gives(self, stage: Stage, wanted: str, giving: Sequence[Stage], named: bool) -> str:
         signature = self.signatures[stage.name]
         given = "; ".join(f"{describe(s)} gives {_given(self.signatures[s.name])}" for s in giving)
+        whole = next(filter(None, (self._given_whole(s, stage) for s in reversed(giving))), None)
+        others = [s for s in self.stages if s not in giving and s is not stage and self._gives(s, stage)]
         if named:
-            sources = [s.name for s in self.stages if s not in giving and self._gives(s, stage)]
-            other = f" {sources[0]}() does: name it." if sources else ""
-            fix = f"Let {giving[0].name}() return {wanted}, or name another stage in source=.{other}"
+            other = f" {others[0].name}() does: name it." if others else ""
+            fix = whole or f"Let {giving[0].name}() return {wanted}, or name another stage in source=.{other}"
             return f"no source of {describe(stage)} gives {_a(wanted)}; {given}.\n  {fix}"
         text = f"nothing above {describe(stage)} gives {_a(wanted)}" + (f"; {given}." if given else ".")
-        below = next((s for s in self.stages if s not in giving and self._gives(s, stage)), None)
-        if below is not None:
-            whose = "it" if below is stage else describe(below)
-            return f"{text}\n  {whose} gives it: name it with @pipeline.consumer(source={below.name!r})."
+        if whole is not None:
+            return f"{text}\n  {whole}"
+        if others:
+            below = others[0]
+            return (
+                f"{text}\n  {describe(below)} gives it: "
+                f"name it with @pipeline.consumer(source={below.name!r})."
+            )
         if signature.item in self.resources:
             return (
                 f"{text}\n  Its first parameter, {signature.item}, is its item: put the resource behind it."
@@ -309,6 +314,18 @@ class _Check:
         return f"{text}\n  " + (
             f"Let {giving[-1].name}() return {wanted}, or {fix}" if giving else fix.capitalize()
         )
+
+    def _given_whole(self, giver: Stage, taker: Stage) -> str | None:
+        """Return what to do if *taker* takes what is in a container that *giver* gives as one item."""
+        signature = self.signatures[giver.name]
+        for given in signature.outputs:
+            inside = contained(given)
+            if inside is EMPTY or not self._takes(taker, inside):
+                continue
+            how = f"-> Iterator[{spell(self.signatures[taker.name].item_type if inside is Any else inside)}]"
+            fix = f"yield what is in it, {how}" if signature.many else f"annotate it {how} to give each item"
+            return f"{giver.name}() gives one {spell(given)}: {fix}."
+        return None
 
     def _gives(self, giver: Stage, taker: Stage) -> bool:
         return any(self._takes(taker, given) for given in self.signatures[giver.name].outputs)

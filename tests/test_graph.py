@@ -43,6 +43,9 @@ class Link(Url): ...
 class Page: ...
 
 
+class Special(Page): ...
+
+
 class Row: ...
 
 
@@ -263,6 +266,49 @@ def test_a_consumer_that_nothing_reaches_is_told_with_who_gives_what() -> None:
         f"urls() ({named(urls, None)[1]}) gives Url; raw() ({named(raw, None)[1]}) gives bytes.\n"
         f"  Let raw() return Page, or name the stage that gives it: @pipeline.consumer(source=...)."
     )
+
+
+@pytest.mark.parametrize("sources", [(), ("raw",)])
+def test_a_stage_that_gives_what_it_takes_is_not_told_to_feed_itself(sources: tuple[str, ...]) -> None:
+    def raw(url: Url) -> bytes: ...
+    def again(page: Page) -> Page: ...
+
+    (problem,) = problems(P(urls), C(raw), C(again, *sources))
+
+    assert "Let raw() return Page" in problem
+    assert "source='again'" not in problem
+    assert "again() does" not in problem
+
+
+@pytest.mark.parametrize(
+    ("annotation", "given", "inside"),
+    [
+        (list[Page], "list[Page]", "Page"),
+        (tuple[Special, ...], "tuple[Special, ...]", "Special"),
+        (list, "list", "Page"),
+    ],
+)
+@pytest.mark.parametrize("sources", [(), ("pages",)])
+def test_a_container_that_is_one_item_is_told_if_what_is_in_it_is_meant(
+    annotation: Any, given: str, inside: str, sources: tuple[str, ...]
+) -> None:
+    def pages(url: Url) -> None: ...
+    def again(page: Page) -> Page: ...
+
+    pages.__annotations__["return"] = annotation
+
+    (problem,) = problems(P(urls), C(pages), C(again, *sources))
+
+    advice = f"pages() gives one {given}: annotate it -> Iterator[{inside}] to give each item."
+    assert problem.splitlines()[-1] == f"  {advice}"
+
+
+def test_a_stage_that_gives_several_containers_is_told_to_give_what_is_in_them() -> None:
+    def pages() -> Iterator[list[Page]]: ...
+
+    (problem,) = problems(P(pages), C(store))
+
+    assert problem.endswith("pages() gives one list[Page]: yield what is in it, -> Iterator[Page].")
 
 
 def test_a_consumer_whose_items_another_takes_is_told_who() -> None:
