@@ -8,7 +8,6 @@ type; if there is none, it is a result.
 
 from __future__ import annotations
 
-import difflib
 import os
 import pickle
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 
 from jobq.annotations import EMPTY, Binding, Signature, accepts, contained, read_signature, spell
 from jobq.errors import PipelineError
+from jobq.options import RunOptions, closest, suggest
 from jobq.stage import ProducerOptions, Resource, Stage, describe
 from jobq.validation import read_parameter
 
@@ -206,7 +206,7 @@ class _Check:
         names = [other.name for other in self.stages]
         if isinstance(source, str):
             return (
-                f"{describe(stage)}: source={source!r} names no stage{_suggest(source, names)}; "
+                f"{describe(stage)}: source={source!r} names no stage{suggest(source, names)}; "
                 f"there are {', '.join(names)}."
             )
         text = getattr(source, "__qualname__", repr(source))
@@ -370,10 +370,10 @@ class _Check:
         )
 
     def _unavailable(self, declared: Stage | Resource, name: str) -> str:
-        known = list(self.resources)
+        known = [*self.resources, *(self.given or ())]
         text = (
             f"{describe(declared)}: its parameter {name} is neither a resource nor a parameter of the run, "
-            f"and has no default{_suggest(name, known)}"
+            f"and has no default{suggest(name, known)}"
         )
         if self.given is not None:
             return (
@@ -402,11 +402,6 @@ def _given(signature: Signature) -> str:
 
 def _a(word: str) -> str:
     return f"{'an' if word[:1].lower() in 'aeio' else 'a'} {word}"
-
-
-def _suggest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _edges(takers: Mapping[str, list[tuple[str, ...]]]) -> Iterator[Edge]:
@@ -484,7 +479,9 @@ def bind(
     Raises `PipelineError` that lists every name that nobody takes, every value missing and every wrong one.
     """
     known = graph_parameters(graph)
-    problems = [_untaken(graph, name, known) for name in given if name not in known]
+    # A keyword that nothing takes may be a misspelt option; on the command line these stand apart.
+    options = () if texts else tuple(RunOptions.model_fields)
+    problems = [_untaken(graph, name, known, options) for name in given if name not in known]
     bound: dict[str, dict[str, Any]] = {}
     for key, declared, names, signature in _owners(graph):
         values = bound[key] = _read_params(declared, signature)
@@ -514,14 +511,17 @@ def _owners(graph: Graph) -> Iterator[tuple[str, Stage | Resource, tuple[str, ..
         yield f"resource:{name}", inner.resource, inner.parameters, inner.signature
 
 
-def _untaken(graph: Graph, name: str, known: Iterable[str]) -> str:
+def _untaken(graph: Graph, name: str, known: Iterable[str], options: Iterable[str]) -> str:
     if name in graph.resources:
         return (
             f"{name} is a resource ({describe(graph.resources[name].resource)}), not a parameter of the run."
         )
     names = list(known)
-    there = f"; there are {', '.join(names)}" if names else "; this pipeline has none"
-    return f"nothing takes a parameter {name!r}{_suggest(name, names)}{there}."
+    there = f"there are {', '.join(names)}" if names else "this pipeline has no parameters"
+    close = closest(name, [*names, *options])
+    kind = "" if close in names else "the run option "
+    meant = "" if close is None else f" (did you mean {kind}{close!r}?)"
+    return f"nothing takes a parameter {name!r}{meant}; {there}."
 
 
 def _wrong_value(declared: Stage | Resource, binding: Binding, value: Any, error: ValueError) -> str:
@@ -560,7 +560,7 @@ def _wrong_params(
     for name, value in bound.items():
         if name not in free:
             has = f"; it has {', '.join(free)}" if free else ""
-            close = _suggest(name, free)
+            close = suggest(name, free)
             yield f"{describe(declared)}: params= names {name!r}, which is no parameter of it{close}{has}."
             continue
         try:

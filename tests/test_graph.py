@@ -560,6 +560,16 @@ def test_a_required_parameter_of_a_consumer_comes_from_somewhere(
         assert "token is neither a resource nor a parameter of the run" in problems(*declared, given=given)[0]
 
 
+@pytest.mark.parametrize("given", [None, {}])
+def test_a_parameter_that_is_nearly_a_resource_is_told_with_its_name(given: dict[str, Any] | None) -> None:
+    def stored(url: Url, bd: int) -> None: ...
+
+    (problem,) = problems(P(urls), C(stored), R(db), R(cache), given=given)
+
+    assert "its parameter bd is neither" in problem
+    assert "(did you mean 'db'?)" in problem
+
+
 def test_a_required_parameter_of_a_resource_is_told_too() -> None:
     def secret(key: str) -> str: ...
 

@@ -156,6 +156,21 @@ def test_wrong_options_are_refused_at_the_call(backend: str) -> None:
         jobq.map(square, [1], batch=2, backend=backend)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ("n_jobs", "say by workers= how many"),
+        ("max_workers", "say by workers= how many"),
+        ("chunksize", "leave it out, the size of chunks adapts by itself"),
+        ("wrokers", r"did you mean 'workers'\?\); it has those of a consumer and of a run: backend,"),
+    ],
+)
+def test_an_option_that_there_is_not_is_told_at_once_with_what_there_is(wrong: str, told: str) -> None:
+    options: dict[str, Any] = {wrong: 4}
+    with pytest.raises(PipelineError, match=rf"jobq\.map has no option '{wrong}'.*{told}"):
+        jobq.map(square, [1], **options)
+
+
 def test_messages_say_where_the_function_is() -> None:
     with pytest.raises(PipelineError, match=r"square\(\) \(.*test_mapping\.py:\d+\): option rate=-1"):
         jobq.map(square, [1], rate=-1)

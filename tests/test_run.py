@@ -2017,3 +2017,49 @@ def test_a_stage_s_wrong_option_is_told_once() -> None:
     assert "option workers='many': " in wrong
     assert wrong.endswith(", or Input should be 'auto'.")
     assert "has no option 'nonsense'" in unknown
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong", "meant", "has"),
+    [
+        ("consumer", "wrokers", "workers", "name, ordered, params, queue_bytes, queue_size"),
+        ("consumer", "sorce", "source", "retry_on, source, timeout"),
+        ("producer", "wrokers", "workers", "it has name, params, workers."),
+        ("resource", "scop", "scope", "it has name, scope."),
+    ],
+)
+def test_an_option_of_a_declaration_that_is_misspelt_is_told_with_what_was_meant(
+    kind: str, wrong: str, meant: str, has: str
+) -> None:
+    declare = getattr(Pipeline("test"), kind)
+
+    with pytest.raises(PipelineError) as caught:
+        declare(**{wrong: 3})(print)
+
+    assert f"has no option {wrong!r} (did you mean {meant!r}?)" in str(caught.value)
+    assert has in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [("collcet", "the run option 'collect'"), ("worker", "the run option 'workers'"), ("cuont", "'count'")],
+)
+def test_a_keyword_of_a_run_that_is_misspelt_is_told_with_what_was_meant(wrong: str, meant: str) -> None:
+    pipeline = Pipeline("test")
+
+    @pipeline.producer
+    def numbers(count: int = 3) -> Iterator[int]:
+        yield from range(count)
+
+    told = rf"nothing takes a parameter '{wrong}' \(did you mean {meant}\?\); there are count\."
+    with pytest.raises(PipelineError, match=told):
+        pipeline.run(**{wrong: 1})
+
+
+def test_a_default_of_a_run_that_is_no_option_is_told_with_what_was_meant() -> None:
+    with pytest.raises(
+        PipelineError, match=r"no run option 'wrokers' \(did you mean 'workers'\?\); there are "
+    ):
+        Pipeline("test", wrokers=3)
+    with pytest.raises(PipelineError, match="run option 'journal' is not built yet"):
+        Pipeline("test", journal="x.db")
