@@ -380,7 +380,10 @@ class _Check:
                 f"{text}: run with {name}=... (jobq run -p {name}=...), "
                 f"or declare @pipeline.resource def {name}()."
             )
-        return f"{text}: declare @pipeline.resource def {name}(), or give it a default."
+        return (
+            f"{text}: declare @pipeline.resource def {name}(), or give it a default.\n"
+            f"  Is every run to give {name}=...? Let a producer take it, too: its parameters are the run's."
+        )
 
     def _resource_cycles(self, resources: Mapping[str, ResourceNode]) -> None:
         reach = _reach([Edge(name, needed) for name, node in resources.items() for needed in node.resources])

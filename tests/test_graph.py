@@ -570,6 +570,17 @@ def test_a_parameter_that_is_nearly_a_resource_is_told_with_its_name(given: dict
     assert "(did you mean 'db'?)" in problem
 
 
+def test_a_parameter_that_every_run_is_to_give_is_fine_where_a_producer_takes_it_too() -> None:
+    def guarded(url: Url, token: str) -> None: ...
+    def urls_of(token: str) -> Iterator[Url]: ...
+
+    (problem,) = problems(P(urls), C(guarded))
+    graph = build(P(urls_of), C(guarded))
+
+    assert "every run to give token=...? Let a producer take it, too" in problem
+    assert graph.nodes["guarded"].parameters == ("token",)
+
+
 def test_a_required_parameter_of_a_resource_is_told_too() -> None:
     def secret(key: str) -> str: ...
 
