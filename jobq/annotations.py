@@ -379,6 +379,11 @@ def _element(annotation: Any, kinds: frozenset[Any]) -> Any:
     return args[0]
 
 
+def contained(annotation: Any) -> Any:
+    """Return T of a list, an iterator or another container of T, `EMPTY` if *annotation* is none."""
+    return _element(annotation, CONTAINERS)
+
+
 def union_of(annotations: tuple[Any, ...]) -> Any:
     """Return the union of *annotations*."""
     return typing.Union[annotations]  # noqa: UP007  # there is no other spelling for a tuple of them

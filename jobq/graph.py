@@ -8,7 +8,6 @@ type; if there is none, it is a result.
 
 from __future__ import annotations
 
-import difflib
 import os
 import pickle
 import sys
@@ -17,8 +16,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jobq.annotations import EMPTY, Binding, Signature, accepts, read_signature, spell
+from jobq.annotations import EMPTY, Binding, Signature, accepts, contained, read_signature, spell
 from jobq.errors import PipelineError
+from jobq.options import RunOptions, closest, suggest
 from jobq.stage import ProducerOptions, Resource, Stage, describe
 from jobq.validation import read_parameter
 
@@ -209,7 +209,7 @@ class _Check:
         names = [other.name for other in self.stages]
         if isinstance(source, str):
             return (
-                f"{describe(stage)}: source={source!r} names no stage{_suggest(source, names)}; "
+                f"{describe(stage)}: source={source!r} names no stage{suggest(source, names)}; "
                 f"there are {', '.join(names)}."
             )
         text = getattr(source, "__qualname__", repr(source))
@@ -294,16 +294,21 @@ class _Check:
     def _nothing_gives(self, stage: Stage, wanted: str, giving: Sequence[Stage], named: bool) -> str:
         signature = self.signatures[stage.name]
         given = "; ".join(f"{describe(s)} gives {_given(self.signatures[s.name])}" for s in giving)
+        whole = next(filter(None, (self._given_whole(s, stage) for s in reversed(giving))), None)
+        others = [s for s in self.stages if s not in giving and s is not stage and self._gives(s, stage)]
         if named:
-            sources = [s.name for s in self.stages if s not in giving and self._gives(s, stage)]
-            other = f" {sources[0]}() does: name it." if sources else ""
-            fix = f"Let {giving[0].name}() return {wanted}, or name another stage in source=.{other}"
+            other = f" {others[0].name}() does: name it." if others else ""
+            fix = whole or f"Let {giving[0].name}() return {wanted}, or name another stage in source=.{other}"
             return f"no source of {describe(stage)} gives {_a(wanted)}; {given}.\n  {fix}"
         text = f"nothing above {describe(stage)} gives {_a(wanted)}" + (f"; {given}." if given else ".")
-        below = next((s for s in self.stages if s not in giving and self._gives(s, stage)), None)
-        if below is not None:
-            whose = "it" if below is stage else describe(below)
-            return f"{text}\n  {whose} gives it: name it with @pipeline.consumer(source={below.name!r})."
+        if whole is not None:
+            return f"{text}\n  {whole}"
+        if others:
+            below = others[0]
+            return (
+                f"{text}\n  {describe(below)} gives it: "
+                f"name it with @pipeline.consumer(source={below.name!r})."
+            )
         if signature.item in self.resources:
             return (
                 f"{text}\n  Its first parameter, {signature.item}, is its item: put the resource behind it."
@@ -312,6 +317,18 @@ class _Check:
         return f"{text}\n  " + (
             f"Let {giving[-1].name}() return {wanted}, or {fix}" if giving else fix.capitalize()
         )
+
+    def _given_whole(self, giver: Stage, taker: Stage) -> str | None:
+        """Return what to do if *taker* takes what is in a container that *giver* gives as one item."""
+        signature = self.signatures[giver.name]
+        for given in signature.outputs:
+            inside = contained(given)
+            if inside is EMPTY or not self._takes(taker, inside):
+                continue
+            how = f"-> Iterator[{spell(self.signatures[taker.name].item_type if inside is Any else inside)}]"
+            fix = f"yield what is in it, {how}" if signature.many else f"annotate it {how} to give each item"
+            return f"{giver.name}() gives one {spell(given)}: {fix}."
+        return None
 
     def _gives(self, giver: Stage, taker: Stage) -> bool:
         return any(self._takes(taker, given) for given in self.signatures[giver.name].outputs)
@@ -356,17 +373,20 @@ class _Check:
         )
 
     def _unavailable(self, declared: Stage | Resource, name: str) -> str:
-        known = list(self.resources)
+        known = [*self.resources, *(self.given or ())]
         text = (
             f"{describe(declared)}: its parameter {name} is neither a resource nor a parameter of the run, "
-            f"and has no default{_suggest(name, known)}"
+            f"and has no default{suggest(name, known)}"
         )
         if self.given is not None:
             return (
                 f"{text}: run with {name}=... (jobq run -p {name}=...), "
                 f"or declare @pipeline.resource def {name}()."
             )
-        return f"{text}: declare @pipeline.resource def {name}(), or give it a default."
+        return (
+            f"{text}: declare @pipeline.resource def {name}(), or give it a default.\n"
+            f"  Is every run to give {name}=...? Let a producer take it, too: its parameters are the run's."
+        )
 
     def _resource_cycles(self, resources: Mapping[str, ResourceNode]) -> None:
         reach = _reach([Edge(name, needed) for name, node in resources.items() for needed in node.resources])
@@ -388,11 +408,6 @@ def _given(signature: Signature) -> str:
 
 def _a(word: str) -> str:
     return f"{'an' if word[:1].lower() in 'aeio' else 'a'} {word}"
-
-
-def _suggest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _edges(takers: Mapping[str, list[tuple[str, ...]]]) -> Iterator[Edge]:
@@ -470,7 +485,9 @@ def bind(
     Raises `PipelineError` that lists every name that nobody takes, every value missing and every wrong one.
     """
     known = graph_parameters(graph)
-    problems = [_untaken(graph, name, known) for name in given if name not in known]
+    # A keyword that nothing takes may be a misspelt option; on the command line these stand apart.
+    options = () if texts else tuple(RunOptions.model_fields)
+    problems = [_untaken(graph, name, known, options) for name in given if name not in known]
     bound: dict[str, dict[str, Any]] = {}
     for key, declared, names, signature in _owners(graph):
         values = bound[key] = _read_params(declared, signature)
@@ -500,14 +517,17 @@ def _owners(graph: Graph) -> Iterator[tuple[str, Stage | Resource, tuple[str, ..
         yield f"resource:{name}", inner.resource, inner.parameters, inner.signature
 
 
-def _untaken(graph: Graph, name: str, known: Iterable[str]) -> str:
+def _untaken(graph: Graph, name: str, known: Iterable[str], options: Iterable[str]) -> str:
     if name in graph.resources:
         return (
             f"{name} is a resource ({describe(graph.resources[name].resource)}), not a parameter of the run."
         )
     names = list(known)
-    there = f"; there are {', '.join(names)}" if names else "; this pipeline has none"
-    return f"nothing takes a parameter {name!r}{_suggest(name, names)}{there}."
+    there = f"there are {', '.join(names)}" if names else "this pipeline has no parameters"
+    close = closest(name, [*names, *options])
+    kind = "" if close in names else "the run option "
+    meant = "" if close is None else f" (did you mean {kind}{close!r}?)"
+    return f"nothing takes a parameter {name!r}{meant}; {there}."
 
 
 def _wrong_value(declared: Stage | Resource, binding: Binding, value: Any, error: ValueError) -> str:
@@ -572,7 +592,7 @@ def _wrong_params(
     for name, value in bound.items():
         if name not in free:
             has = f"; it has {', '.join(free)}" if free else ""
-            close = _suggest(name, free)
+            close = suggest(name, free)
             yield f"{describe(declared)}: params= names {name!r}, which is no parameter of it{close}{has}."
             continue
         try:

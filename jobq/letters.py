@@ -9,7 +9,15 @@ from typing import Any
 
 from jobq.errors import JobqError, PayloadError, TimeLimitExceeded, WorkerLost
 from jobq.events import JobDead
-from jobq.failure import JsonForm, describe_item, safe_text
+from jobq.failure import (
+    REPR_CHARACTERS,
+    JsonForm,
+    add_note,
+    describe_item,
+    safe_repr,
+    safe_text,
+    visible,
+)
 from jobq.report import DeadLetter
 from jobq.scheduler import Dead
 from jobq.wire import (
@@ -146,15 +154,26 @@ class Letters:
 
     def exceptions(self) -> list[Exception]:
         """Return the first exceptions of dead jobs, each of its own type if it can be rebuilt."""
-        dead = [one for one, _ in self.kept if one.status == "dead"]
-        return [rebuild(one.failure, one.stage, one.part) for one in dead[:EXCEPTIONS_KEPT]]
+        dead = [(one, letter) for one, letter in self.kept if one.status == "dead"]
+        return [
+            rebuild(one.failure, one.stage, one.part, item=letter.item)
+            for one, letter in dead[:EXCEPTIONS_KEPT]
+        ]
 
 
-def rebuild(failure: Failure, stage: str, part: Part | None) -> Exception:
-    """Return the exception that *failure* tells of, with its remote traceback as its cause."""
-    error = _load(failure)
-    if error is None:
-        what = "the producer" if part is None else f"job {part.first}"
+def rebuild(
+    failure: Failure, stage: str, part: Part | None, *, item: Any = None, index: int | None = None
+) -> Exception:
+    """
+    Return the exception that *failure* tells of, with its remote traceback as its cause.
+
+    A note says which job. *item*: the job's, if it was loaded; *index*: its place in what was mapped.
+    """
+    error, told = _load(failure), []
+    what = "the producer" if part is None else f"job {part.first}"
+    if error is not None:
+        told += [f"stage {stage}", what]
+    else:
         known = {
             "WorkerLost": WorkerLost,
             "PayloadError": PayloadError,
@@ -163,8 +182,35 @@ def rebuild(failure: Failure, stage: str, part: Part | None) -> Exception:
         prefix = "" if failure.error in known else f"{failure.error}: "
         error = known.get(failure.error, JobqError)(f"stage {stage}, {what}: {prefix}{failure.message}")
     if failure.traceback:
-        error.__cause__ = RemoteTraceback(failure.traceback)
+        BaseException.__setattr__(error, "__cause__", RemoteTraceback(failure.traceback))
+    note_item(error, *told, _item_in_words(failure, part, item), index=index)
     return error
+
+
+def note_item(error: Exception, *told: str, index: int | None = None) -> None:
+    """Let *error* say which item it is about: what is *told* of it, and its *index* in what was mapped."""
+    place = "" if index is None else f"at index {index} of the input"
+    if note := ", ".join(filter(None, (*told, place))):
+        add_note(error, note)
+
+
+def item_in_words(item: Any) -> str:
+    """Return *item* as a part of a note."""
+    return f"item {_short(safe_repr(item))}"
+
+
+def _item_in_words(failure: Failure, part: Part | None, item: Any) -> str:
+    """Return what is known of a job's item; only what runs no user code when it is loaded is loaded here."""
+    if failure.item_repr is not None:
+        return f"item {_short(failure.item_repr)}" if failure.item_type is not None else failure.item_repr
+    if item is None and part is not None and isinstance(part.block, PackedScalars):
+        item = _scalar(part.block)
+    return "" if item is None else item_in_words(item)
+
+
+def _short(text: str) -> str:
+    """Return *text* as one line that a terminal only shows, and not longer than a repr may be."""
+    return visible(text[:REPR_CHARACTERS])[:REPR_CHARACTERS]
 
 
 def cannot_be_loaded(item: Undecodable, stage: str = "") -> PayloadError:
@@ -197,16 +243,20 @@ def _load_item(piece: Any, shown: Any) -> Any:
 
 def _scalar_type(part: Part | None) -> str | None:
     assert part is not None and isinstance(part.block, PackedScalars)
-    items: list[Any] = pickle.loads(part.block.body)
-    return type(items[part.block.low]).__qualname__
+    return type(_scalar(part.block)).__qualname__
 
 
 def _scalar_json(part: Part | None) -> str | None:
     """Return a job's item as JSON if it is one that only `SCALARS` can be: loading it runs no user code."""
     if part is None or not isinstance(part.block, PackedScalars):
         return None
-    items: list[Any] = pickle.loads(part.block.body)
-    return JsonForm().text(items[part.block.low])
+    return JsonForm().text(_scalar(part.block))
+
+
+def _scalar(block: PackedScalars) -> Any:
+    """Return the first item of a block that only `SCALARS` are in: loading it runs no user code."""
+    items: list[Any] = pickle.loads(block.body)
+    return items[block.low]
 
 
 def _dumps(item: Any) -> bytes | None:
@@ -222,6 +272,5 @@ def _pickled(part: Part | None) -> bytes | None:
     if isinstance(part.block, PackedObjects | PackedRows):
         return part.block.pickled()
     if isinstance(part.block, PackedScalars):
-        items: list[Any] = pickle.loads(part.block.body)
-        return pickle.dumps(items[part.block.low], protocol=5)
+        return pickle.dumps(_scalar(part.block), protocol=5)
     return None

@@ -9,6 +9,7 @@ from types import CodeType
 from typing import Any
 
 from jobq.errors import PipelineError
+from jobq.options import NOT_YET, RunOptions, suggest
 from jobq.pipeline import Pipeline
 from jobq.stage import ConsumerOptions
 
@@ -61,11 +62,24 @@ def map(  # noqa: A001  # the contract's name: jobq.map
             f"jobq.map: no batch={options['batch']!r}: it calls {_name(function)}() for each item."
             "\n  A pipeline's consumer takes batches: @pipeline.consumer(batch=...)."
         )
+    _refuse_unknown(options)
     stage = {name: options.pop(name) for name in list(options) if name in _CONSUMER_OPTIONS}
     mapped = MappedAsync(function) if inspect.iscoroutinefunction(function) else Mapped(function)
     pipeline = Pipeline(mapped.__name__)
     pipeline.consumer(mapped, validate=False, **stage)
     return _results(pipeline, items, ordered, options)
+
+
+def _refuse_unknown(options: Iterable[str]) -> None:
+    known = {*_CONSUMER_OPTIONS, *RunOptions.model_fields, "ordered"}
+    has = f"; it has those of a consumer and of a run: {', '.join(sorted(known - _USELESS))}"
+    problems = [
+        f"jobq.map has no option {name!r}{_ELSEWHERE.get(name) or suggest(name, known - _USELESS) + has}."
+        for name in options
+        if name not in known | NOT_YET
+    ]
+    if problems:
+        raise PipelineError(*problems)
 
 
 def _results(
@@ -77,4 +91,13 @@ def _results(
             yield from results
 
 
+#: Options that a map refuses or has no use for, so it offers none of them.
+_USELESS = {"batch", "batch_timeout", "check", "collect", "input", "output"}
+_WORKERS = ": say by workers= how many there are to be"
+_CHUNKS = ": leave it out, the size of chunks adapts by itself to the time that items take"
+#: What other libraries have, and what is here instead.
+_ELSEWHERE = {
+    **dict.fromkeys(("n_jobs", "jobs", "processes", "max_workers", "num_workers", "nprocs"), _WORKERS),
+    **dict.fromkeys(("chunksize", "chunk_size", "batch_size", "n_splits"), _CHUNKS),
+}
 _CONSUMER_OPTIONS = {field.alias or name for name, field in ConsumerOptions.model_fields.items()} - {"params"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -57,9 +58,32 @@ def read_run_options(given: dict[str, Any]) -> RunOptions:
     try:
         return RunOptions(**given)
     except ValidationError as error:
-        raise PipelineError(
-            *(f"run option {name}={value!r}: {message}." for name, value, message in wrong_values(error))
-        ) from None
+        raise PipelineError(*(_wrong_option(*wrong) for wrong in wrong_values(error))) from None
+
+
+def _wrong_option(name: str, value: Any, message: str) -> str:
+    known = RunOptions.model_fields
+    if name.partition(".")[0] in known:
+        return f"run option {name}={value!r}: {message}."
+    if name in NOT_YET:
+        return f"run option {name!r} is not built yet."
+    return f"there is no run option {name!r}{suggest(name, known)}; there are {', '.join(known)}."
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """Return which of the *known* names was probably meant by *name*; None if that can't be told."""
+    import difflib  # only who has made a mistake pays for it
+
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    close += [one for one in names if sorted(one) == sorted(name)]  # too short for two letters in wrong order
+    return close[0] if close else None
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return what to say of that behind the name, empty if there is nothing to say."""
+    close = closest(name, known)
+    return "" if close is None else f" (did you mean {close!r}?)"
 
 
 def wrong_values(error: ValidationError) -> list[tuple[str, Any, str]]:

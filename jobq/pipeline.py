@@ -110,7 +110,8 @@ class Pipeline:
         what = f"{name}() ({location})"
         source = _sources(options.pop("source", None), what) if kind == "consumer" else ()
         model = ProducerOptions if kind == "producer" else ConsumerOptions
-        read: StageOptions = read_options(model, what, options)
+        others = ("name", "source") if kind == "consumer" else ("name",)
+        read: StageOptions = read_options(model, what, options, others=others)
         for other in self._stages:
             if other.name == name:
                 raise PipelineError(

@@ -29,7 +29,7 @@ from jobq.annotations import spell
 from jobq.errors import Interrupted, JobqError, JobsLost, JoinTimeout, PayloadError, RunFailed
 from jobq.inlet import Entry, Inlet, Takers
 from jobq.ladder import Ladder, hand_on, interruption
-from jobq.letters import cannot_be_loaded, rebuild
+from jobq.letters import cannot_be_loaded, item_in_words, note_item, rebuild
 from jobq.lineage import Fate
 from jobq.report import counted
 from jobq.results import HEED_SECONDS
@@ -60,6 +60,7 @@ class JobFuture(Future[Any]):
     """
 
     _waiters: list[Any]
+    _index: int | None = None  # the item's, in what was mapped
 
     def __init__(self, session: Session, root: int) -> None:
         super().__init__()
@@ -100,7 +101,7 @@ class JobFuture(Future[Any]):
         if self._problem is not None:
             return self._problem
         if fate.failure is not None:
-            return rebuild(*fate.failure)
+            return rebuild(*fate.failure, index=self._index)
         if not self._decoded:
             self._decoded = self._session.decode(fate)
         item = self._decoded[0]
@@ -251,6 +252,15 @@ class Session:
             raise
         return future
 
+    def _submit_at(self, index: int, item: Any) -> JobFuture:
+        try:
+            future = self.submit(item)
+        except PayloadError as error:
+            note_item(error, item_in_words(item), index=index)
+            raise
+        future._index = index
+        return future
+
     def _takers(self, item: Any) -> Takers:
         for door in self._doors:
             if takers := door.takers(item):
@@ -267,7 +277,7 @@ class Session:
     def map(self, items: Iterable[Any]) -> Generator[Any, None, None]:
         """Yield the result of each of *items*, in order; reads ahead of what is asked for, within bounds."""
         ahead: deque[JobFuture | PayloadError] = deque()
-        source = _Source(items)
+        source, indices = _Source(items), itertools.count()
 
         def there() -> bool:
             return isinstance(ahead[0], PayloadError) or ahead[0].done()
@@ -276,7 +286,7 @@ class Session:
             while True:
                 for item in self._ahead(source, lambda: len(ahead), there):
                     try:
-                        ahead.append(self.submit(item))
+                        ahead.append(self._submit_at(next(indices), item))
                     except PayloadError as error:
                         ahead.append(error)  # raised at its turn, like any other
                 if not ahead:
@@ -293,11 +303,11 @@ class Session:
         """Yield the results of *items* as they come; reads ahead as `map` does."""
         done: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
         waiting: set[JobFuture] = set()
-        source = _Source(items)
+        source, indices = _Source(items), itertools.count()
         try:
             while True:
                 for item in self._ahead(source, lambda: len(waiting), lambda: not done.empty()):
-                    future = self.submit(item)
+                    future = self._submit_at(next(indices), item)
                     waiting.add(future)
                     future.add_done_callback(done.put)
                 if not waiting:

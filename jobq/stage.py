@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from jobq.errors import PipelineError
-from jobq.options import wrong_values
+from jobq.options import suggest, wrong_values
 
 Function: TypeAlias = Callable[..., Any]
 
@@ -183,20 +183,22 @@ def describe(stage: Stage | Resource) -> str:
 OPENING, CLOSING = "while opening the resource ", "while closing the resource "
 
 
-def read_options(model: type[Options], what: str, given: dict[str, Any]) -> Any:
+def read_options(
+    model: type[Options], what: str, given: dict[str, Any], *, others: tuple[str, ...] = ("name",)
+) -> Any:
     """
-    Return *given* as a *model*; *what* names the declaration.
+    Return *given* as a *model*; *what* names the declaration, *others* are its options that were read.
 
     Raises `PipelineError` that lists every unknown option and wrong value.
     """
     try:
         return model(**given)
     except ValidationError as error:
-        known = sorted(field.alias or key for key, field in model.model_fields.items())
+        known = sorted([*others, *(field.alias or key for key, field in model.model_fields.items())])
         problems = [
             f"{what}: option {name}={value!r}: {message}."
             if name.partition(".")[0] in known
-            else f"{what} has no option {name!r}; it has {', '.join(known)}."
+            else f"{what} has no option {name!r}{suggest(name, known)}; it has {', '.join(known)}."
             for name, value, message in wrong_values(error)
         ]
         raise PipelineError(*problems) from None

@@ -44,6 +44,9 @@ class Link(Url): ...
 class Page: ...
 
 
+class Special(Page): ...
+
+
 class Row: ...
 
 
@@ -264,6 +267,49 @@ def test_a_consumer_that_nothing_reaches_is_told_with_who_gives_what() -> None:
         f"urls() ({named(urls, None)[1]}) gives Url; raw() ({named(raw, None)[1]}) gives bytes.\n"
         f"  Let raw() return Page, or name the stage that gives it: @pipeline.consumer(source=...)."
     )
+
+
+@pytest.mark.parametrize("sources", [(), ("raw",)])
+def test_a_stage_that_gives_what_it_takes_is_not_told_to_feed_itself(sources: tuple[str, ...]) -> None:
+    def raw(url: Url) -> bytes: ...
+    def again(page: Page) -> Page: ...
+
+    (problem,) = problems(P(urls), C(raw), C(again, *sources))
+
+    assert "Let raw() return Page" in problem
+    assert "source='again'" not in problem
+    assert "again() does" not in problem
+
+
+@pytest.mark.parametrize(
+    ("annotation", "given", "inside"),
+    [
+        (list[Page], "list[Page]", "Page"),
+        (tuple[Special, ...], "tuple[Special, ...]", "Special"),
+        (list, "list", "Page"),
+    ],
+)
+@pytest.mark.parametrize("sources", [(), ("pages",)])
+def test_a_container_that_is_one_item_is_told_if_what_is_in_it_is_meant(
+    annotation: Any, given: str, inside: str, sources: tuple[str, ...]
+) -> None:
+    def pages(url: Url) -> None: ...
+    def again(page: Page) -> Page: ...
+
+    pages.__annotations__["return"] = annotation
+
+    (problem,) = problems(P(urls), C(pages), C(again, *sources))
+
+    advice = f"pages() gives one {given}: annotate it -> Iterator[{inside}] to give each item."
+    assert problem.splitlines()[-1] == f"  {advice}"
+
+
+def test_a_stage_that_gives_several_containers_is_told_to_give_what_is_in_them() -> None:
+    def pages() -> Iterator[list[Page]]: ...
+
+    (problem,) = problems(P(pages), C(store))
+
+    assert problem.endswith("pages() gives one list[Page]: yield what is in it, -> Iterator[Page].")
 
 
 def test_a_consumer_whose_items_another_takes_is_told_who() -> None:
@@ -513,6 +559,27 @@ def test_a_required_parameter_of_a_consumer_comes_from_somewhere(
         assert build(*declared, given=given).nodes["guarded"].parameters == ("token",)
     else:
         assert "token is neither a resource nor a parameter of the run" in problems(*declared, given=given)[0]
+
+
+@pytest.mark.parametrize("given", [None, {}])
+def test_a_parameter_that_is_nearly_a_resource_is_told_with_its_name(given: dict[str, Any] | None) -> None:
+    def stored(url: Url, bd: int) -> None: ...
+
+    (problem,) = problems(P(urls), C(stored), R(db), R(cache), given=given)
+
+    assert "its parameter bd is neither" in problem
+    assert "(did you mean 'db'?)" in problem
+
+
+def test_a_parameter_that_every_run_is_to_give_is_fine_where_a_producer_takes_it_too() -> None:
+    def guarded(url: Url, token: str) -> None: ...
+    def urls_of(token: str) -> Iterator[Url]: ...
+
+    (problem,) = problems(P(urls), C(guarded))
+    graph = build(P(urls_of), C(guarded))
+
+    assert "every run to give token=...? Let a producer take it, too" in problem
+    assert graph.nodes["guarded"].parameters == ("token",)
 
 
 def test_a_required_parameter_of_a_resource_is_told_too() -> None:

@@ -156,6 +156,21 @@ def test_wrong_options_are_refused_at_the_call(backend: str) -> None:
         jobq.map(square, [1], batch=2, backend=backend)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ("n_jobs", "say by workers= how many"),
+        ("max_workers", "say by workers= how many"),
+        ("chunksize", "leave it out, the size of chunks adapts by itself"),
+        ("wrokers", r"did you mean 'workers'\?\); it has those of a consumer and of a run: backend,"),
+    ],
+)
+def test_an_option_that_there_is_not_is_told_at_once_with_what_there_is(wrong: str, told: str) -> None:
+    options: dict[str, Any] = {wrong: 4}
+    with pytest.raises(PipelineError, match=rf"jobq\.map has no option '{wrong}'.*{told}"):
+        jobq.map(square, [1], **options)
+
+
 def test_messages_say_where_the_function_is() -> None:
     with pytest.raises(PipelineError, match=r"square\(\) \(.*test_mapping\.py:\d+\): option rate=-1"):
         jobq.map(square, [1], rate=-1)
@@ -225,6 +240,17 @@ def test_an_item_that_fails_raises_at_its_turn_and_ends_the_run(backend: str, or
     assert "in work" in str(caught.value.__cause__)
 
 
+@pytest.mark.parametrize("ordered", [True, False], ids=["ordered", "unordered"])
+def test_what_an_item_raises_says_at_which_index_it_was(backend: str, ordered: bool) -> None:
+    def work(text: str) -> int:
+        return len(text) // (text != "c\n")
+
+    with pytest.raises(ZeroDivisionError) as caught:
+        list(jobq.map(work, ["a", "b", "c\n"], backend=backend, ordered=ordered))
+
+    assert caught.value.__notes__ == [r"stage work, job 2, item 'c\n', at index 2 of the input"]
+
+
 def test_an_input_that_raises_ends_the_run(backend: str) -> None:
     def items() -> Iterator[int]:
         yield 1
@@ -236,8 +262,9 @@ def test_an_input_that_raises_ends_the_run(backend: str) -> None:
 
 @pytest.mark.parametrize("name", PROCESSES)
 def test_what_cannot_be_pickled_raises(name: str) -> None:
-    with pytest.raises(PayloadError, match="not me"):
-        list(jobq.map(square, [Unpicklable()], backend=name))
+    with pytest.raises(PayloadError, match="not me") as caught:
+        list(jobq.map(square, [1, Unpicklable()], backend=name))
+    assert caught.value.__notes__[0].endswith(", at index 1 of the input")
     with pytest.raises(PayloadError, match="not me"):
         list(jobq.map(lambda _: Unpicklable(), [1], backend=name))
 

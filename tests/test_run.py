@@ -1021,6 +1021,67 @@ def test_whatever_an_async_job_raises_is_its_own_failure(name: str, error: BaseE
         assert report.stages["check"].worker_restarts == 0
 
 
+class Deaf(Exception):
+    """An exception to which nothing can be added."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(name)
+
+
+def test_exceptions_say_which_job_of_which_stage_they_are_of(backend: str) -> None:
+    pipeline = Pipeline("test")
+    long = "x" * 300
+
+    @pipeline.producer
+    def texts() -> Iterator[str]:
+        yield from ("plain\n", long, "odd", "fine")
+        raise KeyError("no more")
+
+    @pipeline.consumer
+    def parse(text: str) -> None:
+        if text.startswith("plain"):
+            raise Plain("plain")
+        if text == long:
+            raise Deaf("deaf")
+        if text == "odd":
+            raise Odd(1, 2)
+
+    with pytest.raises(JobsFailed) as caught:
+        pipeline.run(backend=backend)
+
+    notes = {type(error).__name__: error.__notes__ for error in caught.value.exceptions}
+    assert notes == {
+        "Plain": [r"stage parse, job 0, item 'plain\n'"],
+        "Deaf": [f"stage parse, job 1, item '{'x' * 198}…"],
+        "JobqError": ["item 'odd'"],  # its message says the rest
+        "KeyError": ["stage texts, the producer"],
+    }
+    deaf = next(error for error in caught.value.exceptions if isinstance(error, Deaf))
+    assert "raise Deaf(" in str(deaf.__cause__)
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_the_exception_of_a_job_that_nobody_could_ask_says_its_item_and_nothing_twice(name: str) -> None:
+    pipeline = ints(3)
+
+    @pipeline.consumer(max_deliveries=1)
+    def check(i: int) -> list[int]:
+        if i == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return [i]
+
+    @pipeline.consumer(max_deliveries=1)
+    def kill(some: list[int]) -> None:
+        if some == [2]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(JobsFailed) as caught:
+        pipeline.run(backend=name)
+
+    told = {str(error).partition(":")[0]: error.__notes__ for error in caught.value.exceptions}
+    assert told == {"stage check, job 1": ["item 1"], "stage kill, job 1": ["item [2]"]}
+
+
 @pytest.mark.parametrize(("failing", "told"), [(1, "1 dead letter"), (2, "2 dead letters")])
 def test_dead_letters_are_told_in_the_right_number(failing: int, told: str) -> None:
     pipeline = ints(failing)
@@ -2080,3 +2141,49 @@ def test_a_stage_s_wrong_option_is_told_once() -> None:
     assert "option workers='many': " in wrong
     assert wrong.endswith(", or Input should be 'auto'.")
     assert "has no option 'nonsense'" in unknown
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong", "meant", "has"),
+    [
+        ("consumer", "wrokers", "workers", "name, ordered, params, queue_bytes, queue_size"),
+        ("consumer", "sorce", "source", "retry_on, source, timeout"),
+        ("producer", "wrokers", "workers", "it has name, params, workers."),
+        ("resource", "scop", "scope", "it has name, scope."),
+    ],
+)
+def test_an_option_of_a_declaration_that_is_misspelt_is_told_with_what_was_meant(
+    kind: str, wrong: str, meant: str, has: str
+) -> None:
+    declare = getattr(Pipeline("test"), kind)
+
+    with pytest.raises(PipelineError) as caught:
+        declare(**{wrong: 3})(print)
+
+    assert f"has no option {wrong!r} (did you mean {meant!r}?)" in str(caught.value)
+    assert has in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [("collcet", "the run option 'collect'"), ("worker", "the run option 'workers'"), ("cuont", "'count'")],
+)
+def test_a_keyword_of_a_run_that_is_misspelt_is_told_with_what_was_meant(wrong: str, meant: str) -> None:
+    pipeline = Pipeline("test")
+
+    @pipeline.producer
+    def numbers(count: int = 3) -> Iterator[int]:
+        yield from range(count)
+
+    told = rf"nothing takes a parameter '{wrong}' \(did you mean {meant}\?\); there are count\."
+    with pytest.raises(PipelineError, match=told):
+        pipeline.run(**{wrong: 1})
+
+
+def test_a_default_of_a_run_that_is_no_option_is_told_with_what_was_meant() -> None:
+    with pytest.raises(
+        PipelineError, match=r"no run option 'wrokers' \(did you mean 'workers'\?\); there are "
+    ):
+        Pipeline("test", wrokers=3)
+    with pytest.raises(PipelineError, match="run option 'journal' is not built yet"):
+        Pipeline("test", journal="x.db")

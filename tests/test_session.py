@@ -355,6 +355,7 @@ def test_an_error_is_raised_as_itself_with_the_remote_traceback(backend: str) ->
             future.result(PATIENCE)
         assert isinstance(future.exception(), Plain)
 
+    assert caught.value.__notes__ == ["stage double, job 0, item 13"]
     assert isinstance(caught.value.__cause__, RemoteTraceback)
     assert "in double" in str(caught.value.__cause__)
     assert run.report is not None
