@@ -363,9 +363,7 @@ class _Check:
     def _available(self, declared: Stage | Resource, name: str) -> bool:
         if isinstance(declared, Stage) and declared.kind == "producer":
             return True  # `bind` asks for it, when a producer is to run
-        if self.given is not None:
-            return name in self.given
-        return any(
+        return name in (self.given or ()) or any(
             binding.name == name and binding.kind == "free" and name not in _bound(stage)
             for stage in self.stages
             if stage.kind == "producer"
@@ -480,7 +478,8 @@ def bind(
     """
     Return the run parameters of each stage, and of each resource as ``resource:NAME``, by name.
 
-    A declaration's own ``params=`` bind first; parameters that were not given are left to their defaults.
+    A declaration's own ``params=`` bind first; parameters that were not given are left to their defaults, or
+    have a producer's, whose parameters are the run's, where they have none of their own.
     *texts*: the values are strings of the command line. *producers*: they are to run, so they need theirs.
     Raises `PipelineError` that lists every name that nobody takes, every value missing and every wrong one.
     """
@@ -501,13 +500,28 @@ def bind(
                 except ValueError as error:
                     problems.append(_wrong_value(declared, binding, given[binding.name], error))
             elif binding.default is EMPTY and needed:
-                problems.append(
-                    f"{describe(declared)} needs the parameter {binding.name}: "
-                    f"run with {binding.name}=... (jobq run -p {binding.name}=...), or give it a default."
-                )
+                default = _default_of_the_run(graph, binding.name)
+                if default is EMPTY:
+                    problems.append(
+                        f"{describe(declared)} needs the parameter {binding.name}: "
+                        f"run with {binding.name}=... (jobq run -p {binding.name}=...), or give it a default."
+                    )
+                else:
+                    values[binding.name] = default
     if problems:
         raise PipelineError(*problems)
     return bound
+
+
+def _default_of_the_run(graph: Graph, name: str) -> Any:
+    """Return the default that a producer has for a parameter, `EMPTY` if none has one."""
+    defaults = [
+        binding.default
+        for node in graph.producers()
+        for binding in node.signature.bindings
+        if binding.name == name and name in node.parameters and binding.default is not EMPTY
+    ]
+    return defaults[0] if defaults else EMPTY
 
 
 def _owners(graph: Graph) -> Iterator[tuple[str, Stage | Resource, tuple[str, ...], Signature]]:

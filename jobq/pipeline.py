@@ -160,9 +160,13 @@ class Pipeline:
 
     # ── check ────────────────────────────────────────────────────────────────
 
-    def graph(self) -> Graph:
-        """Return how the stages are connected; raises `PipelineError` with everything that is wrong."""
-        return build_graph(self._stages, self._resources, pipeline=self.name)
+    def graph(self, parameters: Mapping[str, Any] | None = None) -> Graph:
+        """
+        Return how the stages are connected; raises `PipelineError` with everything that is wrong.
+
+        *parameters* are those of a run, if it is for one.
+        """
+        return build_graph(self._stages, self._resources, pipeline=self.name, given=parameters)
 
     def check(self) -> None:
         """Find every error of definition that shows before a run; raise one `PipelineError` with all."""

@@ -708,6 +708,26 @@ def test_a_pickle_that_can_not_be_loaded_is_a_dead_letter_that_names_its_line(ho
     assert len(lines_of("cooked")) == 1
 
 
+def test_a_replay_takes_the_parameters_that_the_run_took(here: Path) -> None:
+    (here / "tagged.py").write_text(
+        "from collections.abc import Iterator\n"
+        "from jobq import Pipeline\n"
+        "pipeline = Pipeline('tagged')\n"
+        "@pipeline.producer\n"
+        "def numbers() -> Iterator[int]: yield 1\n"
+        "@pipeline.consumer\n"
+        "def work(number: int, tag: str) -> str: return {'good': 'done'}[tag]\n"
+    )
+
+    assert ended("run", "tagged.py", "-q", "--dead-letters", "dead.jsonl", "-p", "tag=bad").returncode == 1
+    again = ended("dead", "replay", "dead.jsonl", "-q", "-o", "-", "-p", "tag=good")
+    without = ended("dead", "replay", "dead.jsonl", "-q")
+
+    assert (again.returncode, again.stdout) == (0, '"done"\n'), again.stderr
+    assert without.returncode == 2
+    assert "-p tag=" in without.stderr
+
+
 def test_every_item_comes_back_as_it_was_through_a_run_and_its_replay(here: Path) -> None:
     (here / "kinds.py").write_text(KINDS)
 

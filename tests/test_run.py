@@ -1424,6 +1424,28 @@ def test_a_keyword_that_may_be_option_or_parameter_is_refused(tmp_path: Path) ->
     assert written == [(0, precious, 7.0, 1), (1, precious, 7.0, 1)]
 
 
+def test_a_producer_s_default_is_that_of_the_run(backend: str) -> None:
+    pipeline = Pipeline("test")
+
+    @pipeline.producer
+    def numbers(tag: str = "dog") -> Iterator[int]:
+        yield len(tag)
+
+    @pipeline.resource
+    def named(tag: str) -> str:
+        return tag.upper()
+
+    @pipeline.consumer
+    def work(i: int, named: str, tag: str) -> tuple[int, str, str]:
+        return i, named, tag
+
+    pipeline.check()
+    assert pipeline.run(backend=backend, collect=True).results == [(3, "DOG", "dog")]
+    assert pipeline.run(backend=backend, collect=True, tag="horse").results == [(5, "HORSE", "horse")]
+    with pipeline.open(backend=backend) as run:
+        assert run.submit(1).result() == (1, "DOG", "dog")
+
+
 def test_a_name_that_is_no_parameter_of_the_run_is_the_option(tmp_path: Path) -> None:
     (tmp_path / "items.jsonl").write_text("1\n")
     pipeline = Pipeline("test", backend="inline")

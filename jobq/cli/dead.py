@@ -204,7 +204,7 @@ def replay(
         occupy_standard_streams()
         output_fd = claim_stdout(given)
         loaded = load_target(target)
-        plan = plan_replay(contents, loaded.pipeline.graph(), unsafe_pickle=unsafe_pickle)
+        plan = plan_replay(contents, loaded.pipeline.graph(params), unsafe_pickle=unsafe_pickle)
         options = read_options(given, loaded.pipeline.run_options, output_fd, quiet=quiet, verbose=verbose)
         _keep_apart(file, options)
         if not quiet:
