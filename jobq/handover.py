@@ -28,9 +28,6 @@ from jobq.errors import PayloadError
 
 PROTOCOL = 5
 TICKET_BYTES = 16
-#: What a piece with a ticket weighs: as much as a chunk may, so that it travels alone. A ticket in a longer
-#: chunk would be used when that chunk is opened, and the job be taken back from behind a slow one.
-ALONE_BYTES = 64 * 1024
 #: Seconds to wait for the other end, which answers at once unless it is stopped.
 PATIENCE = 5.0
 
@@ -110,13 +107,23 @@ class Cloakroom:
 
 
 class Ticketed(bytes):
-    """A piece with a ticket, as long as a chunk may be, or longer."""
+    """
+    A piece with a ticket, as long as a chunk may be, or longer, so that it travels alone.
+
+    In a longer chunk a ticket would be used when that is opened, and its job be taken back from behind a slow
+    one.
+    """
 
 
 class SocketPickler:
-    """Pickles what `pickle` does, and sockets and connections as tickets of a cloakroom of its own."""
+    """
+    Pickles what `pickle` does, and sockets and connections as tickets of a cloakroom of its own.
 
-    def __init__(self) -> None:
+    *chunk_bytes* are as many as a chunk may have.
+    """
+
+    def __init__(self, chunk_bytes: int) -> None:
+        self._chunk_bytes = chunk_bytes
         #: What pickles anything but sockets.
         self.dump: Callable[[Any, int], Any] = pickle.dumps
         self._cloakroom = Cloakroom()
@@ -145,7 +152,9 @@ class SocketPickler:
         pickler = pickle.Pickler(file, PROTOCOL)
         pickler.dispatch_table = self._reducers
         pickler.dump(item)
-        return Ticketed(file.getvalue().ljust(ALONE_BYTES, b"\0"))  # what follows a pickle's end is not read
+        return Ticketed(
+            file.getvalue().ljust(self._chunk_bytes, b"\0")
+        )  # what follows a pickle's end is not read
 
     def _reduce_socket(self, given: socket.socket) -> tuple[Any, ...]:
         return take_socket, (*self._cloakroom.keep(given.fileno()), given.gettimeout())

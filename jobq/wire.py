@@ -40,8 +40,8 @@ NUMBER_BYTES = 8
 #: Lists of texts up to this length in all are pickled as lists.
 SMALL_BYTES = 16 * 1024
 
-#: A chunk has no more bytes, unless a single item has: past 64 KiB it falls out of the caches.
-CHUNK_BYTES = 64 * 1024
+#: A chunk has no more bytes, unless a single item has: each costs the driver as much as a copy of this.
+CHUNK_BYTES = 128 * 1024
 #: In the arena there may be so many times more: 16 MiB of items that need only be copied out.
 PLACED_WEIGHT = 256
 
@@ -597,7 +597,7 @@ class PickleCodec:
 
     def __init__(self, arena: Arena | Tenant | None = None) -> None:
         self.undecoded = 0
-        self.sockets = SocketPickler()
+        self.sockets = SocketPickler(CHUNK_BYTES)
         self._arena = arena
         self._small = 0
         #: Return an item pickled, large ones in the arena if there is room.

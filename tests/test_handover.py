@@ -15,6 +15,7 @@ import pytest
 from jobq import Pipeline
 from jobq.errors import PayloadError
 from jobq.handover import SocketPickler
+from jobq.wire import CHUNK_BYTES
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_leaks")]
 
@@ -24,7 +25,7 @@ PROCESSES = ("joinable", "sentinel", "pipe")
 @pytest.fixture
 def pickler() -> Iterator[SocketPickler]:
     """A pickler that leaves nothing open."""
-    pickler = SocketPickler()
+    pickler = SocketPickler(CHUNK_BYTES)
     yield pickler
     pickler.close()
 
@@ -97,7 +98,7 @@ def test_a_ticket_is_good_once(pickler: SocketPickler, ends: tuple[socket.socket
 
 
 def test_a_ticket_of_a_process_that_has_ended_says_so(ends: tuple[socket.socket, socket.socket]) -> None:
-    pickler = SocketPickler()
+    pickler = SocketPickler(CHUNK_BYTES)
     pickled = pickler.dumps(ends[0])
     pickler.close()
 
