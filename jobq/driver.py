@@ -31,7 +31,7 @@ from jobq.stage import CLOSING
 from jobq.wire import Answer, Chunk, Hello, Part
 
 if TYPE_CHECKING:
-    from jobq.inlet import Inlet
+    from jobq.inlet import Entrance
     from jobq.results import Sink
 
 #: While the run is being stopped, a producer that does not come back to its yield is waited for so long
@@ -173,7 +173,7 @@ class Driver:
         failure_limit: int | None = None,
         letter: Callable[[Dead], events.JobDead],
         ticking: bool = False,
-        inlet: Inlet | None = None,
+        inlet: Entrance | None = None,
         desk: Desk | None = None,
         keeper: str | None = None,
         clock: Clock = time,
@@ -956,7 +956,7 @@ class Driver:
 
     # ── from and to a session ────────────────────────────────────────────────
 
-    def _let_in(self, inlet: Inlet, now: float) -> None:
+    def _let_in(self, inlet: Entrance, now: float) -> None:
         """Queue what was submitted, and say how much more may come."""
         lines = self.scheduler.lines
         if not inlet.is_empty:

@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from jobq.errors import JobqError
 from jobq.lineage import Fate
@@ -25,9 +25,40 @@ class Entry:
     root: int
 
 
+class Entrance(Protocol):
+    """Where the driver takes items that don't come from producers."""
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """The stages that items come to."""
+        ...
+
+    @property
+    def busy(self) -> bool:
+        """Whether something may still come of it."""
+        ...
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing has come; whoever changes that wakes the driver afterwards."""
+        ...
+
+    def take(self) -> Iterable[tuple[Takers, Block, tuple[int, ...] | None]]:
+        """Yield what has come: who takes it, and the source items' numbers if they are followed."""
+        ...
+
+    def allow(self, name: str, room: int, room_bytes: int) -> None:
+        """Take it from the driver that so many items, and bytes, more may come to a stage."""
+        ...
+
+    def settle(self, settled: Iterable[tuple[int, Fate]]) -> None:
+        """Take it from the driver what became of source items."""
+        ...
+
+
 class Inlet:
     """
-    Submitted items and what became of them.
+    Submitted items and what became of them. An `Entrance`.
 
     The room that a stage has is told by the driver (`allow`); `put` waits for it. ``wake`` makes the driver
     look; *settled* is called in the driver's thread with each source item whose last descendant is settled.

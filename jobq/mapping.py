@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from types import CodeType
 from typing import Any
 
-from jobq.errors import PipelineError
+from jobq.errors import PipelineError, Skip
 from jobq.options import NOT_YET, RunOptions, suggest
 from jobq.pipeline import Pipeline
 from jobq.stage import ConsumerOptions
@@ -34,16 +33,22 @@ class Mapped:
         return code
 
     def __call__(self, item: Any) -> Any:
-        """Return what the function gives for *item*."""
-        return self.function(item)
+        """Return what the function gives for *item*, None if it raises `Skip`: one output for each input."""
+        try:
+            return self.function(item)
+        except Skip:
+            return None
 
 
 class MappedAsync(Mapped):
     """The same for ``async def``."""
 
     async def __call__(self, item: Any) -> Any:
-        """Return what the function gives for *item*."""
-        return await self.function(item)
+        """Return what the function gives for *item*, likewise."""
+        try:
+            return await self.function(item)
+        except Skip:
+            return None
 
 
 def map(  # noqa: A001  # the contract's name: jobq.map
@@ -62,11 +67,13 @@ def map(  # noqa: A001  # the contract's name: jobq.map
             f"jobq.map: no batch={options['batch']!r}: it calls {_name(function)}() for each item."
             "\n  A pipeline's consumer takes batches: @pipeline.consumer(batch=...)."
         )
+    if "key" in options:
+        raise PipelineError("jobq.map: no key=: it gives one output for each input, whatever came before.")
     _refuse_unknown(options)
     stage = {name: options.pop(name) for name in list(options) if name in _CONSUMER_OPTIONS}
     mapped = MappedAsync(function) if inspect.iscoroutinefunction(function) else Mapped(function)
     pipeline = Pipeline(mapped.__name__)
-    pipeline.consumer(mapped, validate=False, **stage)
+    pipeline.consumer(mapped, **{"validate": False, "ordered": ordered, **stage})
     return _results(pipeline, items, ordered, options)
 
 
@@ -85,14 +92,12 @@ def _refuse_unknown(options: Iterable[str]) -> None:
 def _results(
     pipeline: Pipeline, items: Iterable[Any], ordered: bool, options: dict[str, Any]
 ) -> Iterator[Any]:
-    with pipeline.open(**options) as session:
-        results = session.map(items) if ordered else session.map_unordered(items)
-        with contextlib.closing(results):
-            yield from results
+    with pipeline.over(items, ordered=ordered, **options) as results:
+        yield from results
 
 
 #: Options that a map refuses or has no use for, so it offers none of them.
-_USELESS = {"batch", "batch_timeout", "check", "collect", "input", "output"}
+_USELESS = {"key", "batch", "batch_timeout", "check", "collect", "input", "output"}
 _WORKERS = ": say by workers= how many there are to be"
 _CHUNKS = ": leave it out, the size of chunks adapts by itself to the time that items take"
 #: What other libraries have, and what is here instead.

@@ -15,6 +15,7 @@ from jobq.graph import Graph, build_graph, find_by_name_problems, graph_paramete
 from jobq.ladder import Ladder, hand_on, interruption
 from jobq.letters import EXCEPTIONS_KEPT
 from jobq.load import refuse_while_loading
+from jobq.mapped import Mapped
 from jobq.options import NOT_YET, RunOptions, read_run_options
 from jobq.outcome import Outcome
 from jobq.report import counted
@@ -37,7 +38,7 @@ from jobq.stream import ResultStream
 if TYPE_CHECKING:
     from jobq.backend import Preload
     from jobq.events import Observer
-    from jobq.inlet import Inlet
+    from jobq.inlet import Entrance
     from jobq.inputs import Source
     from jobq.report import Report
     from jobq.wire import Codec
@@ -225,6 +226,28 @@ class Pipeline:
             lambda outcome: _raise_or_report(outcome, options),
         )
 
+    def over(self, items: Iterable[Any], *, ordered: bool, **given: Any) -> ResultStream:
+        """
+        Return what the only stage, a consumer that gives one thing for each item, gives for *items*.
+
+        For `jobq.map`. They are read in the thread that asks for results. An item that fails raises at its
+        turn, as does what *items* raises; else as `stream`.
+        """
+        options, parameters = self._read(given)
+        useless = ("collect", "output", "input")
+        options = _without(options, given, "map", useless, "its results come in the loop")
+        options = options.model_copy(update={"check": False})  # of what failed the first is raised
+        self._check_files(options)
+        return Mapped(
+            lambda sink, observers, make_inlet: self._prepare(
+                options, parameters, sink, observers, make_inlet=make_inlet
+            ),
+            _observing(options),
+            lambda outcome: _raise_or_report(outcome, options),
+            items,
+            ordered=ordered,
+        )
+
     def open(self, **given: Any) -> Session:
         """
         Return a run in progress that the program feeds: producers don't run.
@@ -301,7 +324,7 @@ class Pipeline:
         texts: bool = False,
         preload: Preload | None = None,
         target: str | None = None,
-        make_inlet: Callable[[Graph, Codec], Inlet] | None = None,
+        make_inlet: Callable[[Graph, Codec], Entrance] | None = None,
         source: Source | None = None,
         on_error: OnError | None = None,
     ) -> Running:

@@ -291,6 +291,7 @@ class Stream:
         self._changed = threading.Condition()
         self._ended = False
         self._asked = False
+        self._nudged = False
         self.wake: Callable[[], None] = lambda: None
 
     def put(self, stage: str, block: Block) -> None:
@@ -316,6 +317,27 @@ class Stream:
         with self._changed:
             self._ended = True
             self._changed.notify()
+
+    def nudge(self) -> None:
+        """Let whoever waits look again."""
+        with self._changed:
+            self._nudged = True
+            self._changed.notify()
+
+    @property
+    def has_some(self) -> bool:
+        """Whether there is a block to be had at once."""
+        return bool(self._blocks)
+
+    def wait(self) -> bool:
+        """Return when there is a block, or at a nudge; False: no more come."""
+        with self._changed:
+            while not (self._blocks or self._nudged):
+                if self._ended:
+                    return False
+                self._changed.wait(HEED_SECONDS)
+            self._nudged = False
+        return True
 
     def poll(self) -> tuple[str, Block] | None:
         """Return the next block, and the stage that gave it, if there is one."""

@@ -40,7 +40,7 @@ from jobq.wire import Codec
 from jobq.work import OnError, ResourceUse, RouteUse, StageRecipe
 
 if TYPE_CHECKING:
-    from jobq.inlet import Inlet
+    from jobq.inlet import Entrance
     from jobq.observe.log import LogSettings
 
 
@@ -192,7 +192,7 @@ def prepare(
     preload: Preload | None = None,
     target: str | None = None,
     log: LogSettings | None = None,
-    make_inlet: Callable[[Graph, Codec], Inlet] | None = None,
+    make_inlet: Callable[[Graph, Codec], Entrance] | None = None,
     source: Source | None = None,
     on_error: OnError | None = None,
     machine: Machine | None = None,

@@ -394,14 +394,14 @@ class Scheduler:
         self,
         takers: Sequence[tuple[Line, tuple[str, ...] | None]],
         block: Block,
-        roots: tuple[int, ...],
+        roots: tuple[int, ...] | None,
         now: float,
     ) -> None:
-        """Queue items that came from outside at each of *takers*, and follow them."""
-        self.lineage.begin(roots)
+        """Queue items that came from outside at each of *takers*, and follow them if they have numbers."""
+        self.lineage.begin(roots or ())
         for line, keys in takers:
             self.accept(line, block, keys, roots, now)
-        self.lineage.end(roots, counts=False)
+        self.lineage.end(roots or (), counts=False)
 
     def withdraw(self, root: int) -> bool:
         """Cancel a source item if no job of it has begun, and all wait here; return whether it went."""

@@ -23,7 +23,7 @@ from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import replace
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jobq.annotations import spell
 from jobq.errors import Interrupted, JobqError, JobsLost, JoinTimeout, PayloadError, RunFailed
@@ -212,7 +212,7 @@ class Session:
 
     def _begin(self) -> None:
         driver = self._running.driver
-        assert driver.inlet is not None
+        assert isinstance(driver.inlet, Inlet)
         self._inlet = driver.inlet
         self._inlet.wake = driver.wake
         self._doors = [_Door(self._running.graph, node) for node in _doors(self._running.graph)]
@@ -298,27 +298,6 @@ class Session:
                 yield head.result()
         finally:
             self.withdraw([future._root for future in ahead if isinstance(future, JobFuture)])
-
-    def map_unordered(self, items: Iterable[Any]) -> Generator[Any, None, None]:
-        """Yield the results of *items* as they come; reads ahead as `map` does."""
-        done: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
-        waiting: set[JobFuture] = set()
-        source, indices = _Source(items), itertools.count()
-        try:
-            while True:
-                for item in self._ahead(source, lambda: len(waiting), lambda: not done.empty()):
-                    future = self._submit_at(next(indices), item)
-                    waiting.add(future)
-                    future.add_done_callback(done.put)
-                if not waiting:
-                    source.end()
-                    return
-                self.drive_until(lambda: not done.empty(), None)
-                future = cast("JobFuture", done.get())
-                waiting.discard(future)
-                yield future.result()
-        finally:
-            self.withdraw([future._root for future in waiting])
 
     @staticmethod
     def _ahead(source: Iterator[Any], waiting: Callable[[], int], there: Callable[[], bool]) -> Iterator[Any]:

@@ -33,7 +33,11 @@ class ResultStream(Iterator[Any]):
         start: Callable[[Sink, Sequence[Observer]], Running],
         observing: contextlib.AbstractContextManager[Sequence[Observer]],
         conclude: Callable[[Outcome], Report],
+        *,
+        heeds: bool = True,
     ) -> None:
+        """*heeds*: stop signals are the run's; else they are only where jobs run in this thread."""
+        self._heeds = heeds
         self._start = start
         self._observing = observing
         self._conclude = conclude
@@ -73,32 +77,41 @@ class ResultStream(Iterator[Any]):
             self._reading.release()
 
     def _read(self) -> Any:
-        while not self._items:
-            if self._over:
-                return _END
-            if self._running is None:
-                self._begin()
-            given = self._take()
-            if given is None:
-                self._finish()
-                return _END
-            assert self._running is not None
-            self._stage, block = given
-            self._items = self._running.backend.codec.decode(block)[::-1]
+        if not self._items and not self._fetch():
+            return _END
         item = self._items.pop()
         if isinstance(item, Undecodable):
             self._complete = False
             raise cannot_be_loaded(item, self._stage)
         return item
 
+    def _fetch(self) -> bool:
+        """Have results to give; False: no more come."""
+        while not self._items:
+            if self._over:
+                return False
+            if self._running is None:
+                self._begin()
+            given = self._take()
+            if given is None:
+                self._finish()
+                return False
+            assert self._running is not None
+            self._stage, block = given
+            self._items = self._running.backend.codec.decode(block)[::-1]
+        return True
+
     def _begin(self) -> None:
         observers = self._cleanup.enter_context(self._observing)
         try:
-            ladder = self._cleanup.enter_context(Ladder())
-            running = self._running = self._start(self._sink, observers)
-            self._cleanup.callback(running.driver.close)
+            with contextlib.ExitStack() as starting:
+                ladder = starting.enter_context(Ladder())
+                running = self._running = self._start(self._sink, observers)
+                self._cleanup.callback(running.driver.close)
+                if self._heeds or not running.backend.own_thread:
+                    ladder.lead(running.climb)
+                    self._cleanup.push(starting.pop_all())
             self._sink.wake = running.driver.wake
-            ladder.lead(running.climb)
             if running.backend.own_thread:
                 # It holds no reference to this stream: one that nobody holds any more is closed.
                 self._thread = running.start_thread(_drive, running, self._sink, self._crashes)

@@ -38,6 +38,7 @@ LAYERS = (
         "shares",
     },
     {
+        "feed",
         "inlet",
         "inputs",
         "keeper",
@@ -52,7 +53,7 @@ LAYERS = (
     },
     {"allotment", "pool", "driver"},
     {"running"},
-    {"session", "stream"},
+    {"mapped", "session", "stream"},
     {"pipeline"},
     {"mapping"},
     {"cli", "testing"},

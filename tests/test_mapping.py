@@ -8,6 +8,7 @@ import itertools
 import multiprocessing
 import operator
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -321,3 +322,129 @@ def test_the_one_liner_works_in_a_program(tmp_path: Path) -> None:
     )
 
     assert (told.stdout.split(), told.stderr) == (["0", "1", "4", "9", "16"], "")
+
+
+# --- what is read ahead --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_items_are_as_they_were_when_they_were_read(name: str) -> None:
+    def changing() -> Iterator[Any]:
+        row: dict[str, Any] = {"n": -1}
+        for number in range(600):
+            row["n"] = number
+            yield row if number % 3 else number  # scalars among them
+
+    given = list(jobq.map(lambda item: item, changing(), backend=name))
+
+    assert given == [{"n": n} if n % 3 else n for n in range(600)]
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_what_the_source_raises_comes_after_what_it_gave(backend: str, ordered: bool) -> None:
+    def source() -> Iterator[int]:
+        yield 10
+        yield 11
+        raise Plain("source")
+
+    seen: list[int] = []
+    with pytest.raises(Plain):
+        seen.extend(jobq.map(square, source(), backend=backend, ordered=ordered))
+
+    assert sorted(seen) == [100, 121]
+
+
+def test_what_is_skipped_gives_none(backend: str) -> None:
+    def odd(i: int) -> int:
+        if i % 2 == 0:
+            raise jobq.Skip("even")
+        return i
+
+    assert list(jobq.map(odd, range(6), backend=backend)) == [None, 1, None, 3, None, 5]
+
+
+def test_a_key_is_refused() -> None:
+    with pytest.raises(PipelineError, match="one output for each input"):
+        jobq.map(square, [1], key=str)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_queue_of_one_is_enough(backend: str, ordered: bool) -> None:
+    results = jobq.map(square, range(300), queue_size=1, workers=2, ordered=ordered, backend=backend)
+
+    assert sorted(results) == [i * i for i in range(300)]
+
+
+def test_large_items_and_results_come_through(backend: str) -> None:
+    def shout(text: bytes) -> bytes:
+        return text.upper()
+
+    texts = [bytes([97 + i]) * 3_000_000 for i in range(12)]
+    results = jobq.map(shout, texts, queue_bytes=4_000_000, workers=2, backend=backend)
+
+    assert list(results) == [text.upper() for text in texts]
+
+
+@pytest.mark.parametrize("name", [*PROCESSES, "thread"])
+def test_an_item_does_not_wait_for_the_next_one(name: str, notes: Notes) -> None:
+    def work(i: int) -> int:
+        notes.add(i)
+        return i
+
+    def slow() -> Iterator[int]:
+        yield 1
+        until(lambda: notes.lines() == ["1"])  # it is done, though there is no other yet
+        yield 2
+
+    assert list(jobq.map(work, slow(), backend=name)) == [1, 2]
+
+
+def test_what_comes_after_one_that_failed_is_not_given(backend: str) -> None:
+    def work(i: int) -> int:
+        if i == 57:
+            raise ValueError(i)
+        return i
+
+    given: list[int] = []
+    with pytest.raises(ValueError, match="57"):
+        given.extend(jobq.map(work, range(500), workers=2, backend=backend))  # as far as it comes
+
+    assert given == list(range(57))
+
+
+@pytest.mark.parametrize("name", ["joinable", "thread"])
+def test_ctrl_c_strikes_in_the_body_of_the_loop(name: str) -> None:
+    before = signal.getsignal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        for _ in jobq.map(square, itertools.count(), backend=name):
+            signal.raise_signal(signal.SIGINT)
+            pytest.fail("the body went on")
+
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("options", [{}, {"fail_fast": True}])
+def test_an_item_that_takes_too_long_raises(ordered: bool, options: dict[str, Any]) -> None:
+    def forever(i: int) -> int:
+        threading.Event().wait()
+        return i
+
+    with pytest.raises(jobq.TimeLimitExceeded):
+        list(jobq.map(forever, range(3), timeout=0.3, ordered=ordered, **options))
+
+
+def test_a_run_that_gives_up_is_told() -> None:
+    pipeline = jobq.Pipeline("test")
+
+    @pipeline.resource
+    def broken() -> int:
+        raise ConnectionError("no")
+
+    @pipeline.consumer
+    def work(i: int, broken: int) -> int:
+        return i + broken
+
+    with pytest.raises(jobq.RunFailed, match="no, while opening the resource broken"):
+        list(pipeline.over(itertools.count(), ordered=False))
