@@ -29,6 +29,7 @@ from typing import Any, NoReturn, Protocol
 from jobq import faults
 from jobq.arena import NOWHERE, Tenant
 from jobq.backend import LIMIT, REGION, Port, Preload, Recipe, serve
+from jobq.backends import descendants
 from jobq.backends.channel import READ_SIZE, Incoming, SharedPage, unwritten, write_whole
 from jobq.errors import EndOfChannel
 from jobq.load import UNGUARDED, load_preload
@@ -182,6 +183,7 @@ def attend(recipe: Recipe, port: Speaker) -> None:
 def main(
     ends: Ends,
     *,
+    run: int,
     daemon: bool,
     stdin: str | None = None,
     preload: Preload | None = None,
@@ -192,10 +194,11 @@ def main(
     Be a worker.
 
     A recipe that isn't given comes over the inbox, pickled. *inherited* are the driver's open files, of which
-    the worker has copies.
+    the worker has copies. *run* is the number of the run by which what jobs leave is found.
     """
     try:
         lifeline = set_up(ends.lifeline.fd, daemon=daemon)
+        descendants.mark(run)
         set_standard_input(stdin)
         port = ChannelPort(ends)
         tame_copies(lifeline, port)
@@ -299,6 +302,18 @@ def die_with(lifeline: int) -> int:
     Works while user code is busy, without a thread, whichever thread of the driver started us. Where the
     system can't do it, the worker sees the end of its inbox instead, after the job in hand.
     """
+    own = hear_of(lifeline, signal.SIGKILL)
+    if own == lifeline:
+        return lifeline
+    poll = select.poll()
+    poll.register(own, select.POLLIN)
+    if poll.poll(0):  # it broke before we listened
+        os._exit(1)
+    return own
+
+
+def hear_of(lifeline: int, number: int) -> int:
+    """Have the kernel signal this process when *lifeline* loses its last writer; return its new number."""
     try:
         # A signal's owner belongs to the open file, which siblings share: open our own.
         own = os.open(f"/proc/self/fd/{lifeline}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -306,13 +321,9 @@ def die_with(lifeline: int) -> int:
         return lifeline
     with contextlib.suppress(OSError):
         fcntl.fcntl(own, fcntl.F_SETOWN, os.getpid())
-        fcntl.fcntl(own, F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(own, F_SETSIG, number)
         fcntl.fcntl(own, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
         os.close(lifeline)
-    poll = select.poll()
-    poll.register(own, select.POLLIN)
-    if poll.poll(0):  # it broke before we listened
-        os._exit(1)
     return own
 
 

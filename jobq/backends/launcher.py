@@ -19,6 +19,7 @@ from typing import Any
 from jobq.backend import Plan
 from jobq.backends import child
 from jobq.backends.channel import close, readable
+from jobq.backends.descendants import Attendant
 from jobq.errors import BackendUnavailable
 from jobq.load import UNGUARDED
 from jobq.wire import PROTOCOL
@@ -36,8 +37,9 @@ MOST_DESCRIPTORS = 8
 class Launcher:
     """Starts processes for a plan, by one start method."""
 
-    def __init__(self, plan: Plan, method: str) -> None:
+    def __init__(self, plan: Plan, method: str, attendant: Attendant) -> None:
         self._plan = plan
+        self._attendant = attendant
         # Any: the stubs give the process class to the contexts of each method, not to their common base.
         self._process: Any = getattr(multiprocessing.get_context(method), "Process")  # noqa: B009
         self._own_children = method == "spawn"
@@ -59,6 +61,7 @@ class Launcher:
         """Start a process that owns *descriptors* (inbox, outbox, page, arena); its recipe comes later."""
         ends = child.Ends(*map(child.Descriptor, (*descriptors, self._broken)))
         options = {
+            "run": self._attendant.run,
             "daemon": self._plan.daemon.get(recipe, True),
             "stdin": self._plan.stdin.get(recipe),
             "preload": self._plan.preload,
@@ -79,7 +82,7 @@ class Launcher:
                     f"the fork server {child.describe_exit(UNGUARDED)}: it imports the program as a module"
                 ) from error
             raise OSError(errno.ECONNRESET, f"can't start worker {name}: the fork server was lost") from error
-        return Launched(process, own_child=self._own_children)
+        return Launched(process, self._attendant, own_child=self._own_children)
 
     def _make_sure_of_room(self) -> None:
         # multiprocessing loses descriptors, or its server, if it runs out of them on the way.
@@ -235,8 +238,10 @@ def _deaf_to_the_terminal() -> Iterator[None]:
 class Launched:
     """A process started by `multiprocessing`. ``fd`` is readable when it has ended."""
 
-    def __init__(self, process: BaseProcess, *, own_child: bool) -> None:
+    def __init__(self, process: BaseProcess, attendant: Attendant, *, own_child: bool) -> None:
         assert process.pid is not None
+        self._attendant = attendant
+        attendant.keep(process.pid)
         self.pid = process.pid
         self._process = process
         self._own_child = own_child
@@ -272,7 +277,7 @@ class Launched:
                 self._process.kill()
 
     def release(self) -> None:
-        """Reap the process, and close the descriptors. Idempotent."""
+        """Reap the process, have what it left ended, and close the descriptors. Idempotent."""
         if self._released:
             return
         if self.ended() is None:
@@ -283,6 +288,7 @@ class Launched:
         if self._process.exitcode is not None:
             self._process.join()
             self._process.close()
+        self._attendant.add(self.pid)
         self.forget()
 
     def forget(self) -> None:

@@ -4,11 +4,14 @@ A process without threads that forks the workers, so that the driver never forks
     driver ── start (recipe, descriptors) ──> keeper ── fork ──> worker
     driver <── pid, pidfd ─────────────────── keeper ── fork ──> spare keeper, which waits: a moment later
     driver <══ epitaph: how a worker ended ══ keeper (one pipe per worker)
-    driver ══ lifeline: breaks when the driver dies ══> keepers and workers, which die then
+    driver ══ lifeline: breaks when the driver dies ══> workers, which die then
 
 The first keeper is forked when the backend is made, and so holds the plan's recipes as they are, closures
 included. It runs no user code. Nothing hangs on its life: its workers die with the driver and not with it,
 their deaths are seen by pidfd, and the spare, which never had threads either, takes its place.
+
+What a worker leaves behind, programs that its jobs have started, its keeper ends (`descendants`), after the
+driver's death too: then that is the last thing it does.
 """
 
 from __future__ import annotations
@@ -40,18 +43,22 @@ from typing import Any, NoReturn, TypeAlias
 from jobq.backend import Plan
 from jobq.backends import child
 from jobq.backends.channel import OUR_MEMORY, close, readable
+from jobq.backends.descendants import Attendant, Leftovers
 from jobq.errors import BackendUnavailable
 
 LENGTH = struct.Struct("<I")
 STARTED = struct.Struct("<iii")  # pid, errno, whether a pidfd comes along
 GREETING = struct.Struct("<i")  # the pid of a spare
 STATUS = struct.Struct("<i")
+#: A keeper's last word: nothing of its workers is left.
+FAREWELL = b"!"
 #: Descriptors that come with a request for a worker: inbox, outbox, page, arena, and the epitaph's.
 GIVEN = 5
 #: Seconds to wait for a process that does nothing but fork.
 PATIENCE = 30
 #: Seconds to wait for killed processes before leaving them to the system.
 REAPING = 5
+LOST = "ended, how is not known"
 #: Seconds to wait for the keeper to say how a worker ended that has ended for certain.
 MOURNING = 1
 #: A request that is no worker's: fork a spare keeper, which is reached by the socket that comes along.
@@ -75,16 +82,23 @@ class Stranded(BackendUnavailable):
 class Nursery:
     """The driver's end: the keeper that forks workers now, and the one that would take its place."""
 
-    def __init__(self, plan: Plan, first: Mapping[str, tuple[str, list[int]]] = MappingProxyType({})) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        attendant: Attendant,
+        first: Mapping[str, tuple[str, list[int]]] = MappingProxyType({}),
+    ) -> None:
         """
         Fork the keeper, which begins with the workers *first*: by name, their recipes and descriptors.
 
         The descriptors remain the caller's to close. The workers are to be taken.
         """
         self._plan = plan
+        self._attendant = attendant
         self._broken, self._lifeline = os.pipe()
         self._spare: _Contact | None = None
         self._lost = False
+        self.ever_lost = False  # then there may be something that no keeper sees to
         self._begun: dict[str, int] = {}  # epitaphs of workers that we haven't heard of yet, in their order
         self._taken: dict[str, Forked | OSError] = {}  # what we have heard
         try:
@@ -140,7 +154,7 @@ class Nursery:
         finally:
             os.close(theirs)
         self._have_a_spare()
-        return Forked(pid, pidfd, epitaph)
+        return Forked(pid, pidfd, epitaph, self._attendant)
 
     def take(self, name: str) -> Forked:
         """Return one of the first workers, waiting until it is forked; raises as `start` does."""
@@ -166,14 +180,14 @@ class Nursery:
             os.close(self._begun.pop(name))
             self._taken[name] = error
         else:
-            self._taken[name] = Forked(pid, pidfd, self._begun.pop(name))
+            self._taken[name] = Forked(pid, pidfd, self._begun.pop(name), self._attendant)
 
     @contextlib.contextmanager
     def _noticing_a_loss(self) -> Iterator[None]:
         try:
             yield
         except (ConnectionError, EOFError, TimeoutError) as error:
-            self._lost = True
+            self._lost = self.ever_lost = True
             raise NurseryLost from error
 
     def _forget_begun(self) -> None:
@@ -182,13 +196,14 @@ class Nursery:
             os.close(epitaph)
 
     def close(self) -> None:
-        """Kill the keepers and their workers, and wait until they are gone. Idempotent."""
+        """Kill the keepers, their workers and what these left; wait until all is gone. Idempotent."""
         spare, self._spare = self._spare, None
         contacts = [contact for contact in (spare, self._keeper) if contact is not None]
         for contact in contacts:  # all before we wait for one: the parent waits for the spare
             contact.hang_up()
-        for contact in contacts:
-            contact.end()
+        if spare is not None:
+            spare.end()
+        self.ever_lost |= not self._keeper.end()
         self.forget()
 
     def forget(self) -> None:
@@ -220,7 +235,7 @@ class Nursery:
                 "while threads run; start_method='forkserver' can't lose them"
             )
         else:
-            self._keeper = self._fork_keeper()
+            self._keeper = self._fork_keeper(first=False)
         self._lost = False
         self._have_a_spare()
 
@@ -234,7 +249,7 @@ class Nursery:
         with contextlib.suppress(OSError):
             self._spare = self._keeper.fork_spare()
 
-    def _fork_keeper(self, births: Sequence[Birth] = ()) -> _Contact:
+    def _fork_keeper(self, births: Sequence[Birth] = (), *, first: bool = True) -> _Contact:
         ours, theirs = socket.socketpair()
         # Flushed now, else every worker repeats what is in the buffers.
         files = child.open_files() if _files_are_open() else []
@@ -250,7 +265,8 @@ class Nursery:
                 self._forget_begun()
                 close(self._broken)
                 close(self._lifeline)
-                _Keeper(self._plan, lifeline, driver, files).run(theirs, births)
+                keeper = _Keeper(self._plan, self._attendant.run, lifeline, driver, files, first=first)
+                keeper.run(theirs, births)
             except BaseException:
                 traceback.print_exc()
             finally:
@@ -327,18 +343,24 @@ class _Contact:
         with contextlib.suppress(OSError):  # it has hung up before
             self._connection.shutdown(socket.SHUT_WR)
 
-    def end(self) -> None:
-        """Wait until the keeper, which was hung up, has ended. Idempotent."""
+    def end(self) -> bool:
+        """
+        Wait until the keeper, which was hung up, has ended; return whether it has seen to its workers.
+
+        Idempotent.
+        """
         if self._connection.fileno() < 0:
-            return
+            return True
         self._connection.settimeout(REAPING)
+        said = b""
         try:
-            while self._connection.recv(4096):  # until it has ended
-                pass
+            while data := self._connection.recv(4096):  # until it has ended
+                said = data
         except OSError:
             self.bury()
         self._reap()
         self.forget()
+        return said.endswith(FAREWELL)
 
     def bury(self) -> None:
         """Kill the keeper if it lives: one that doesn't answer is as good as dead."""
@@ -369,8 +391,9 @@ class _Contact:
 class Forked:
     """A worker process, as its driver sees it. ``fd`` is readable when it has ended."""
 
-    def __init__(self, pid: int, pidfd: int, epitaph: int) -> None:
+    def __init__(self, pid: int, pidfd: int, epitaph: int, attendant: Attendant) -> None:
         self.pid = pid
+        self._attendant = attendant
         self.fd = epitaph if pidfd < 0 else pidfd
         self._pidfd = pidfd
         self._epitaph = epitaph
@@ -389,7 +412,7 @@ class Forked:
             if status:
                 self._how = child.describe_exit(STATUS.unpack(status)[0])
             elif self._pidfd >= 0:
-                self._how = "ended, how is not known"
+                self._how = LOST
             else:  # without pidfd nobody would see it end; it can't answer, and ends with the driver
                 self._how = "was lost with the process that forks the workers"
         return self._how
@@ -409,6 +432,8 @@ class Forked:
         if self.fd >= 0 and self.ended() is None:
             self.kill()
             readable(self.fd, REAPING)
+        elif self.fd >= 0 and self._how == LOST:
+            self._attendant.kill(self.pid)  # its keeper, which would do so, was killed
         self.forget()
 
     def forget(self) -> None:
@@ -422,8 +447,14 @@ class Forked:
 class _Keeper:
     """The process that forks, from inside. A spare is a fork of it."""
 
-    def __init__(self, plan: Plan, lifeline: int, driver: int, files: list[io.IOBase]) -> None:
+    def __init__(
+        self, plan: Plan, run: int, lifeline: int, driver: int, files: list[io.IOBase], *, first: bool
+    ) -> None:
         self._plan = plan
+        self._leftovers = Leftovers(run)
+        self._first = first  # else there may be something that was left under another keeper
+        self._chief = -1  # of a spare: the pipe by which it hears that its keeper has seen to all, or died
+        self._heirs: list[int] = []  # the other ends of such pipes, to our own spares
         self._files = files
         self._lifeline = lifeline
         self._epitaphs: dict[int, int] = {}
@@ -444,7 +475,8 @@ class _Keeper:
     def run(self, requests: socket.socket, births: Sequence[Birth] = ()) -> NoReturn:
         """Fork the first workers, and serve the driver's requests until it wants no more or is gone."""
         self._requests = requests
-        child.die_with(os.dup(self._lifeline))
+        # Its end is seen below, and there is something to do then: we need only run.
+        child.hear_of(os.dup(self._lifeline), signal.SIGCONT)
         self._bell, bell = os.pipe()
         for fd in (self._bell, bell):
             os.set_blocking(fd, False)
@@ -471,13 +503,18 @@ class _Keeper:
                     self._serve()
                 if self._spares and time.monotonic() >= self._spare_at:
                     self._fork_spares()
+                if self._leftovers.due is not None and time.monotonic() >= self._leftovers.due:
+                    self._leftovers.look()
         except (EOFError, ConnectionError):
             pass
         self._end()
 
     def _patience(self) -> float | None:
-        """Return the milliseconds until a spare is to be forked; None: none is."""
-        return 1000 * max(0.0, self._spare_at - time.monotonic()) if self._spares else None
+        """Return the milliseconds until there is something to do that nobody asks for; None: there is not."""
+        due = [self._spare_at] if self._spares else []
+        if self._leftovers.due is not None:
+            due.append(self._leftovers.due)
+        return 1000 * max(0.0, min(due) - time.monotonic()) if due else None
 
     def _serve(self) -> None:
         length, fds, _, _ = socket.recv_fds(self._requests, LENGTH.size, GIVEN)
@@ -514,6 +551,7 @@ class _Keeper:
             return 0, error.errno or errno.EAGAIN
         else:
             self._epitaphs[pid] = fds.pop()
+            self._leftovers.keep(pid)
             return pid, 0
         finally:
             for fd in fds:
@@ -526,6 +564,7 @@ class _Keeper:
             close(self._driver)
             ends = child.Ends(*map(child.Descriptor, (*fds[:-1], self._lifeline)))
             options = {
+                "run": self._leftovers.run,
                 "daemon": self._plan.daemon.get(recipe, True),
                 "stdin": self._plan.stdin.get(recipe),
                 "recipe": self._plan.recipes[recipe],
@@ -539,16 +578,23 @@ class _Keeper:
     def _fork_spares(self) -> None:
         while self._spares:
             with contextlib.suppress(OSError):  # the driver sees the socket close, and asks again
-                if os.fork() == 0:
-                    self._become_spare(self._spares.pop(0))
+                chief, heir = os.pipe()
+                self._heirs.append(heir)
+                try:
+                    if os.fork() == 0:
+                        self._become_spare(self._spares.pop(0), chief)
+                finally:
+                    os.close(chief)
             os.close(self._spares.pop(0))
 
-    def _become_spare(self, fd: int) -> NoReturn:
+    def _become_spare(self, fd: int, chief: int) -> NoReturn:
         try:
             self._shed()
-            self._epitaphs, self._spares = {}, []
+            self._epitaphs, self._spares, self._heirs = {}, [], []
+            self._leftovers, self._first, self._chief = Leftovers(self._leftovers.run), False, chief
             requests = socket.socket(fileno=fd)
-            requests.sendall(GREETING.pack(os.getpid()))
+            with contextlib.suppress(OSError):  # the driver is gone, which `run` sees
+                requests.sendall(GREETING.pack(os.getpid()))
             self.run(requests)
         except BaseException:
             traceback.print_exc()
@@ -557,29 +603,48 @@ class _Keeper:
 
     def _shed(self) -> None:
         """Close, in a fork, what is this keeper's alone: who holds it would hide its death."""
-        for fd in (*self._own, *self._epitaphs.values(), *self._spares, *chain(*self._unborn)):
+        for fd in (*self._own, *self._epitaphs.values(), *self._spares, *self._heirs, *chain(*self._unborn)):
             os.close(fd)
+        close(self._chief)
         self._requests.detach()
 
-    def _reap(self, *, wait: bool = False) -> None:
-        while True:
-            try:
-                pid, status = os.waitpid(-1, 0 if wait else os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
-            epitaph = self._epitaphs.pop(pid, None)
-            if epitaph is not None:
-                with contextlib.suppress(BrokenPipeError):
-                    os.write(epitaph, STATUS.pack(os.waitstatus_to_exitcode(status)))
-                os.close(epitaph)
+    def _reap(self) -> None:
+        while self._reap_one(os.WNOHANG):
+            pass
+
+    def _reap_one(self, options: int = 0) -> bool:
+        """Tell how a child ended, waiting for it if *options* don't forbid that; return whether one did."""
+        try:
+            pid, status = os.waitpid(-1, options)
+        except ChildProcessError:
+            return False
+        epitaph = self._epitaphs.pop(pid, None)
+        if epitaph is not None:
+            with contextlib.suppress(BrokenPipeError):
+                os.write(epitaph, STATUS.pack(os.waitstatus_to_exitcode(status)))
+            os.close(epitaph)
+            self._leftovers.add(pid)
+        return pid != 0
 
     def _end(self) -> NoReturn:
         for pid in self._epitaphs:
             os.kill(pid, signal.SIGKILL)
-        self._reap(wait=True)  # the spare too, which was told to end before us
+        while self._epitaphs and self._reap_one():
+            pass
+        if self._leftovers.due is not None or not (self._first or self._chief_has_seen_to_it()):
+            self._leftovers.finish()
+        for heir in self._heirs:
+            with contextlib.suppress(OSError):  # it was killed
+                os.write(heir, FAREWELL)
+        while self._reap_one():  # the spare, which was told to end before us
+            pass
+        with contextlib.suppress(OSError):
+            self._requests.sendall(FAREWELL)
         os._exit(0)
+
+    def _chief_has_seen_to_it(self) -> bool:
+        """Wait until the keeper whose spare we are says so, or dies (it may have been killed just now)."""
+        return self._chief >= 0 and os.read(self._chief, 1) == FAREWELL
 
 
 def threads_run() -> bool:

@@ -26,6 +26,7 @@ from jobq.arena import Arena
 from jobq.backend import REGION, Plan, Waitable, blank_page, page_words
 from jobq.backends import child
 from jobq.backends.channel import Incoming, Outgoing, SharedPage, close, make_page_file, readable, widen
+from jobq.backends.descendants import Attendant, new_number
 from jobq.backends.launcher import Launcher
 from jobq.backends.memory import OutOfMemory, events_file
 from jobq.backends.nursery import Nursery, NurseryLost, Stranded, threads_run
@@ -324,6 +325,7 @@ class ProcessBackend:
         self._workers: list[ProcessWorker] = []
         make_sure_of_descriptors(max(plan.workers, len(plan.recipes)))
         self._out_of_memory = OutOfMemory(events_file())
+        self._attendant = Attendant(new_number())
         self._nursery: Nursery | None = None
         self._launcher: Launcher | None = None
         self._ahead: dict[str, Channel] = {}  # of workers that are being forked, and not asked for yet
@@ -336,7 +338,7 @@ class ProcessBackend:
             if self._method == "fork":
                 self._nursery = self._fork_nursery()
             else:
-                self._launcher = Launcher(plan, self._method)
+                self._launcher = Launcher(plan, self._method, self._attendant)
         except BaseException:
             self.close()
             raise
@@ -348,10 +350,10 @@ class ProcessBackend:
             for name, recipe in islice(self._plan.first, AHEAD):
                 channel = self._ahead[name] = self._open(recipe)
                 first[name] = (recipe, channel.given)
-            nursery = Nursery(self._plan, first)
+            nursery = Nursery(self._plan, self._attendant, first)
         except OSError:  # too few descriptors for all at once; one at a time there may be enough
             self._abandon_first()
-            return Nursery(self._plan)
+            return Nursery(self._plan, self._attendant)
         for channel in self._ahead.values():
             channel.hand_over()
         return nursery
@@ -416,6 +418,7 @@ class ProcessBackend:
 
     def close(self) -> None:
         """Kill what still runs and leave nothing behind. Idempotent."""
+        self._attendant.close()
         for worker in self._workers:
             worker.kill()
         if self._nursery is not None:
@@ -423,6 +426,8 @@ class ProcessBackend:
         for worker in self._workers:
             worker.release()
         self._workers = []
+        if self._launcher is not None or (self._nursery is not None and self._nursery.ever_lost):
+            self._attendant.finish()  # else the keeper has
         self._abandon_first()
         if self._launcher is not None:
             self._launcher.close()
@@ -449,7 +454,7 @@ class ProcessBackend:
     def _fork_server(self, stranded: Stranded) -> Launcher:
         """Return what starts processes from now on; raises *stranded* if recipes can't be sent there."""
         try:
-            return Launcher(self._plan, "forkserver")
+            return Launcher(self._plan, "forkserver", self._attendant)
         except BackendUnavailable as error:
             raise stranded from error
 
