@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import resource
 import signal
@@ -28,7 +29,10 @@ from collections.abc import Iterator
 
 from jobq.backends.channel import readable
 
-#: Seconds between asking to end (SIGTERM) and SIGKILL. In sum less than the second that a worker has.
+#: Seconds that what a worker left has to end by itself, where that has ended as it was told to: a program
+#: that was given its last input, and that nobody waits for, may be about to write its output.
+LEEWAY = 0.5
+#: Seconds between asking to end (SIGTERM) and SIGKILL.
 GRACE = 0.5
 #: Seconds after SIGKILL until what doesn't end, as it waits for a device, is left to the system.
 GIVING_UP = 2.0
@@ -86,7 +90,7 @@ def _mark(run: int, worker: int) -> int:
 
 class Leftovers:
     """
-    Ends what the workers of one run have left: SIGTERM, and SIGKILL when `GRACE` is over.
+    Ends what the workers of one run have left: by SIGTERM, at once or after a leeway, then by SIGKILL.
 
     Nothing here waits but `finish`: `look` is to be called at the time `due`.
     """
@@ -94,40 +98,49 @@ class Leftovers:
     def __init__(self, run: int) -> None:
         self.run = run
         self.due: float | None = None  # by time.monotonic()
-        self._until: dict[int, float] = {}  # workers that have ended: when what they left is killed
+        #: Workers that have ended: when what they left is asked to end, and when it is killed.
+        self._times: dict[int, tuple[float, float]] = {}
         self._told: set[int] = set()  # processes that were asked to end
         self._rested = 0.0
-        self._end = 0.0  # of all that there is; 0: not yet
+        self._rest: tuple[float, float] | None = None  # the same for all others; None: they are workers still
 
-    def add(self, worker: int, grace: float = GRACE) -> None:
+    def add(self, worker: int, *, leeway: float = 0.0, grace: float = GRACE) -> None:
         """Let what *worker* has left be ended: it has gone itself."""
         now = time.monotonic()
-        self._until[worker] = now + grace
+        self._times[worker] = (now + leeway, now + leeway + grace)
         due = max(now, self._rested)
         self.due = due if self.due is None else min(self.due, due)
 
     def keep(self, worker: int) -> None:
         """Leave alone what *worker*, which has just begun, starts: an earlier one had the same number."""
-        self._until.pop(worker, None)
+        self._times.pop(worker, None)
 
     def look(self) -> None:
         """End what there is, and say when to look again."""
         began = time.monotonic()
-        left: dict[int, float] = {}
-        seen = set()
+        left: dict[int, tuple[float, float]] = {}
+        told, due = set(), math.inf
         for pid, worker in marked(self.run):
-            until = self._until.get(worker, self._end)
-            if until and began < until + GIVING_UP and self._ask(pid, worker, kill=began >= until):
-                seen.add(pid)
-                left[worker] = until
-        self._until, self._told = left, seen
+            times = self._times.get(worker, self._rest)
+            if times is None or began >= times[1] + GIVING_UP:
+                continue
+            if began < times[0]:
+                due = min(due, times[0])
+            elif self._ask(pid, worker, kill=began >= times[1]):
+                told.add(pid)
+                due = min(due, times[1])
+            else:
+                continue
+            left[worker] = times
+        self._times, self._told = left, told
         now = time.monotonic()
         self._rested = now + SHARE * (now - began)
-        self.due = max(now + SOON, min(left.values())) if left else None
+        self.due = max(now + SOON, due) if left else None
 
     def finish(self) -> None:
         """End whatever is left of the run, and return when it is gone. All its workers have ended."""
-        self._end = time.monotonic() + GRACE
+        now = time.monotonic()
+        self._rest = (now, now + GRACE)
         self.look()
         while self.due is not None:
             # It will mostly have gone long before it is due to be killed.
@@ -172,12 +185,12 @@ class Attendant:
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
 
-    def add(self, worker: int) -> None:
+    def add(self, worker: int, *, leeway: float) -> None:
         """Let what *worker* has left be ended: it has gone itself. Doesn't wait."""
         if self._closing.is_set():  # what is left then, is left to `finish`
             return
         with self._lock:
-            self._leftovers.add(worker)
+            self._leftovers.add(worker, leeway=leeway)
             self._leftovers.look()
             if self._leftovers.due is not None and self._thread is None:
                 self._thread = threading.Thread(target=self._attend, name="jobq-leftovers", daemon=True)

@@ -19,7 +19,7 @@ from typing import Any
 from jobq.backend import Plan
 from jobq.backends import child
 from jobq.backends.channel import close, readable
-from jobq.backends.descendants import Attendant
+from jobq.backends.descendants import LEEWAY, Attendant
 from jobq.errors import BackendUnavailable
 from jobq.load import UNGUARDED
 from jobq.wire import PROTOCOL
@@ -285,10 +285,11 @@ class Launched:
             readable(self.fd, REAPING)
             self.ended()  # which waits for the fork server's word too
         self._released = True
+        well = self._process.exitcode == 0
         if self._process.exitcode is not None:
             self._process.join()
             self._process.close()
-        self._attendant.add(self.pid)
+        self._attendant.add(self.pid, leeway=LEEWAY if well else 0.0)
         self.forget()
 
     def forget(self) -> None:

@@ -43,7 +43,7 @@ from typing import Any, NoReturn, TypeAlias
 from jobq.backend import Plan
 from jobq.backends import child
 from jobq.backends.channel import OUR_MEMORY, close, readable
-from jobq.backends.descendants import Attendant, Leftovers
+from jobq.backends.descendants import LEEWAY, Attendant, Leftovers
 from jobq.errors import BackendUnavailable
 
 LENGTH = struct.Struct("<I")
@@ -623,7 +623,7 @@ class _Keeper:
             with contextlib.suppress(BrokenPipeError):
                 os.write(epitaph, STATUS.pack(os.waitstatus_to_exitcode(status)))
             os.close(epitaph)
-            self._leftovers.add(pid)
+            self._leftovers.add(pid, leeway=0.0 if status else LEEWAY)
         return pid != 0
 
     def _end(self) -> NoReturn:

@@ -252,8 +252,8 @@ if job.delivery == 1:
     "D17",
     "a job leaves a program, or a daemon, that it started",
     items="done",
-    sees="nothing; it goes on until its worker ends, with the run or to be replaced: then SIGTERM, and half "
-    "a second later SIGKILL",
+    sees="nothing; it goes on until its worker ends, with the run or to be replaced: then it has half a "
+    "second, then comes SIGTERM, and half a second later SIGKILL",
     exit=0,
 )
 @each_program
@@ -264,6 +264,18 @@ def test_a_program_that_a_job_left_ends_with_the_run(program: Program, method: s
 
     assert_row("D17", ended)
     assert_gone(program, ended)
+
+
+@proves("D17")
+@each_start_method
+def test_a_program_that_nobody_waits_for_may_finish(program: Program, method: str) -> None:
+    """As `gzip` does that was given all its input: it is not asked to end while it may do so by itself."""
+    text = "program(\"trap 'exit 1' TERM; sleep 0.2; echo finished >> notes\")\nprograms()"
+    ended = program.run(pipeline(text), "--start-method", method)
+
+    assert_row("D17", ended)
+    assert_gone(program, ended)
+    assert "finished" in (program.folder / "notes").read_text().splitlines()
 
 
 @proves("D17")
