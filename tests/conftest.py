@@ -97,4 +97,8 @@ def no_leaks() -> Iterator[None]:
     before = snapshot()
     yield
     left = left_since(before)
+    # What a test beside this one has at the moment, under `pytest -n`: it looks itself that nothing stays.
+    others = [name for name in left.get("shared memory", ()) if name.startswith("tests-")]
+    if others == left.get("shared memory"):
+        del left["shared memory"]
     assert not left, f"left behind: {left}"

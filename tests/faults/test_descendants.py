@@ -232,7 +232,7 @@ def test_what_a_killed_job_left_to_be_cleaned_up_is_cleaned_up(program: Program,
     text = """
 if job.delivery == 1:
     from multiprocessing import resource_tracker, shared_memory
-    memory = shared_memory.SharedMemory(create=True, size=100)
+    memory = shared_memory.SharedMemory(f"tests-{os.getpid()}", create=True, size=100)
     note("program", resource_tracker._resource_tracker._pid or os.getpid())
     note("memory", memory.name)
     die()
