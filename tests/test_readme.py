@@ -89,7 +89,7 @@ def test_the_readme_shows_the_two_commands_that_ci_runs() -> None:
 
     assert [command.rpartition("&& .venv/bin/")[2] for command in commands] == [
         "jobq run examples/stdlib_index.py",
-        "python -m pytest",
+        "python -m pytest -n 2 --dist worksteal",
     ]
 
 
