@@ -308,7 +308,12 @@ class Driver:
         if self._keeper_recipe is None:
             self._start_pools()
         else:
-            self._keeper = Keeper(self._backend.start(self._keeper_recipe, self._keeper_recipe))
+            try:
+                self._keeper = Keeper(self._backend.start(self._keeper_recipe, self._keeper_recipe))
+            except OSError as error:
+                raise BackendUnavailable(
+                    f"the keeper of the run-scoped resources: {describe_lack(error)}"
+                ) from error
             self._watch(self._keeper)
 
     def _start_pools(self) -> None:

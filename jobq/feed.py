@@ -86,10 +86,10 @@ class Feed:
         Ends earlier when, after a millisecond, *stop* says so. An item never waits for more company than a
         quarter of what was handed over before it: the next one may be long in coming.
         """
+        until = time.monotonic() + READ_SECONDS
         while waiting < most and not self.exhausted and (room := self._find_room()) > 0:
-            count, in_time = self._read_some(min(room, most - waiting, max(1, waiting // 4)))
-            waiting += count
-            if not in_time and stop():
+            waiting += self._read_some(min(room, most - waiting, max(1, waiting // 4)))
+            if time.monotonic() >= until and stop():
                 break
 
     def drop(self) -> None:
@@ -101,8 +101,8 @@ class Feed:
             self._wanting = self._room <= 0 or self._room_bytes <= 0
             return 0 if self._wanting else self._room
 
-    def _read_some(self, most: int) -> tuple[int, bool]:
-        """Hand over at most so many items; return how many, and whether that took next to no time."""
+    def _read_some(self, most: int) -> int:
+        """Hand over at most so many items, and no more when a millisecond is over; return how many."""
         clock, before, by_reference = time.monotonic, self.read, self._codec.by_reference
         until = clock() + READ_SECONDS
         pieces: list[Any] = []
@@ -121,7 +121,7 @@ class Feed:
         except Exception as error:  # the iterator's, or of an item that can't be pickled
             self.error, self.exhausted = error, True
         self._give(pieces, raw=raw)
-        return self.read - before, clock() < until
+        return self.read - before
 
     def _pickled(self, item: Any) -> Any:
         try:

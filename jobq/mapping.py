@@ -71,10 +71,15 @@ def map(  # noqa: A001  # the contract's name: jobq.map
         raise PipelineError("jobq.map: no key=: it gives one output for each input, whatever came before.")
     _refuse_unknown(options)
     stage = {name: options.pop(name) for name in list(options) if name in _CONSUMER_OPTIONS}
-    mapped = MappedAsync(function) if inspect.iscoroutinefunction(function) else Mapped(function)
+    mapped = MappedAsync(function) if _is_async(function) else Mapped(function)
     pipeline = Pipeline(mapped.__name__)
     pipeline.consumer(mapped, **{"validate": False, "ordered": ordered, **stage})
     return _results(pipeline, items, ordered, options)
+
+
+def _is_async(function: Function) -> bool:
+    """Whether *function*, or the class of what is called like one, is async."""
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def _refuse_unknown(options: Iterable[str]) -> None:

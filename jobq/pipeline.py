@@ -15,7 +15,7 @@ from jobq.graph import Graph, build_graph, find_by_name_problems, graph_paramete
 from jobq.ladder import Ladder, hand_on, interruption
 from jobq.letters import EXCEPTIONS_KEPT
 from jobq.load import refuse_while_loading
-from jobq.mapped import Mapped
+from jobq.mapstream import MapStream
 from jobq.options import NOT_YET, RunOptions, read_run_options
 from jobq.outcome import Outcome
 from jobq.report import counted
@@ -238,7 +238,7 @@ class Pipeline:
         options = _without(options, given, "map", useless, "its results come in the loop")
         options = options.model_copy(update={"check": False})  # of what failed the first is raised
         self._check_files(options)
-        return Mapped(
+        return MapStream(
             lambda sink, observers, make_inlet: self._prepare(
                 options, parameters, sink, observers, make_inlet=make_inlet
             ),

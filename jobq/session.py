@@ -361,7 +361,14 @@ class Session:
         with self._changed:
             if not self._ended:
                 self._running.driver.abandon()
-        self._finish()
+        try:
+            self._finish()
+        except KeyboardInterrupt:  # somebody does not come to an end, and is not to be waited for
+            with self._changed:
+                if not self._ended:
+                    self._running.driver.request_stop()
+            self._finish()
+            raise
 
     def close(self) -> None:
         """

@@ -189,7 +189,12 @@ class ResultStream(Iterator[Any]):
                 with self._running.attention():
                     while not self._running.driver.step():
                         pass
-            return self._ended().heard
+            try:
+                return self._ended().heard
+            except KeyboardInterrupt:  # somebody does not come to an end, and is not to be waited for
+                self._running.driver.request_stop()
+                self._ended()
+                raise
 
     def __enter__(self) -> ResultStream:
         return self

@@ -53,7 +53,7 @@ LAYERS = (
     },
     {"allotment", "pool", "driver"},
     {"running"},
-    {"mapped", "session", "stream"},
+    {"mapstream", "session", "stream"},
     {"pipeline"},
     {"mapping"},
     {"cli", "testing"},

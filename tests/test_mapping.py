@@ -448,3 +448,62 @@ def test_a_run_that_gives_up_is_told() -> None:
 
     with pytest.raises(jobq.RunFailed, match="no, while opening the resource broken"):
         list(pipeline.over(itertools.count(), ordered=False))
+
+
+def test_nothing_is_given_beyond_an_item_that_has_no_result(backend: str) -> None:
+    """Else they would go with other items: what an ordered stage held for one is let go at the end."""
+
+    def work(i: int) -> int:
+        if i == 0:
+            raise jobq.Retry(delay=1000)
+        if i == 2:
+            raise jobq.Reject("two")
+        return i
+
+    given: list[int] = []
+    with pytest.raises(jobq.Reject, match="two"):
+        given.extend(jobq.map(work, range(10), workers=2, max_retries=1, max_failures=1, backend=backend))
+
+    assert given == []
+
+
+def test_on_inline_no_more_is_read_than_in_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobq.feed.READ_SECONDS", 0.0)  # every source is slow
+    read: list[int] = []
+
+    def source() -> Iterator[int]:
+        for number in range(100):
+            read.append(number)
+            yield number
+
+    results = jobq.map(square, source(), backend="inline")
+    assert [next(results), len(read) < 5] == [0, True]
+    assert list(results) == [i * i for i in range(1, 100)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_on_inline_a_stop_signal_interrupts_the_map(number: int) -> None:
+    read: list[int] = []
+
+    def source() -> Iterator[int]:
+        for i in itertools.count():
+            if i == 50:
+                signal.raise_signal(number)
+            read.append(i)
+            yield i
+
+    with pytest.raises(KeyboardInterrupt):
+        for _ in jobq.map(square, source(), backend="inline"):
+            assert len(read) < 5000
+
+    assert 50 <= len(read) < 5000
+
+
+class AsyncSquare:
+    async def __call__(self, x: int) -> int:
+        await asyncio.sleep(0)
+        return x * x
+
+
+def test_what_is_called_like_an_async_function_is_one(backend: str) -> None:
+    assert list(jobq.map(AsyncSquare(), range(4), backend=backend)) == [0, 1, 4, 9]

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import pickle
 import signal
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 
 from jobq import Job, JobqError, JobsFailed, Lock, PayloadError, Pipeline, PipelineError, RunFailed, Semaphore
+from jobq.errors import BackendUnavailable
 from jobq.locks import Book, Waiter
 from tests.test_deaths import SURVIVAL, die, until
 from tests.test_run import BACKENDS, ONE_OF_EACH, PROCESSES, Gate, Notes, ints, run
@@ -348,6 +350,24 @@ def test_one_that_can_not_be_closed_is_not_hidden(one_of_each: str, scope: str) 
 
     assert caught.value.report is not None
     assert caught.value.report.stages["work"].done == 3
+
+
+def test_a_keeper_that_can_not_be_started_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    pipeline = ints(1)
+
+    @pipeline.resource(scope="run")
+    def shared() -> dict[str, int]:
+        return {}
+
+    @pipeline.consumer
+    def work(i: int, shared: dict[str, int]) -> None: ...
+
+    monkeypatch.setattr("jobq.backends.processes.ProcessBackend.start", refuse)
+    with pytest.raises(BackendUnavailable, match="keeper of the run-scoped resources: no worker can"):
+        pipeline.run(backend="pipe")
 
 
 PROGRAM = """

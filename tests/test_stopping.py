@@ -921,6 +921,43 @@ def test_a_stream_can_be_left_though_somebody_never_ends(backend: str, tmp_path:
     assert stage.done + stage.cancelled == stage.received
 
 
+@pytest.mark.usefixtures("handlers_back")
+@pytest.mark.parametrize("how", ["open", "stop"])
+def test_ctrl_c_gets_through_who_leaves_while_a_resource_hangs(how: str, notes: Notes) -> None:
+    pipeline = Pipeline("test")
+
+    @pipeline.resource
+    def hanging() -> Iterator[int]:
+        yield 1
+        notes.add("closing")
+        signal.pause()
+
+    @pipeline.consumer
+    def work(number: int, hanging: int) -> int:
+        return number + hanging
+
+    def interrupt() -> None:
+        while not notes.lines():
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    began, session = (
+        time.monotonic(),
+        pipeline.open(backend="pipe", start_method="fork", shutdown_timeout=1000),
+    )
+    with pytest.raises(KeyboardInterrupt), session as run:
+        run.submit(1).result()
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        if how == "stop":
+            run.stop()
+        raise ZeroDivisionError
+    thread.join()
+
+    assert time.monotonic() - began < 500
+    assert run.report is not None
+
+
 def test_a_stream_that_nobody_reads_can_be_closed_while_it_waits(backend: str, notes: Notes) -> None:
     pipeline = Pipeline("test")
 

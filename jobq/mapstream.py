@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobq.events import Event, JobDead
 from jobq.feed import Feed
+from jobq.ladder import hand_on, interruption
 from jobq.letters import rebuild
 from jobq.stream import ResultStream
 
@@ -26,7 +27,7 @@ READ_AHEAD = 1000
 WORTH_READING = READ_AHEAD // 4
 
 
-class Mapped(ResultStream):
+class MapStream(ResultStream):
     """
     The results of a pipeline of one stage that gives one for each of *items*.
 
@@ -79,6 +80,7 @@ class Mapped(ResultStream):
     def _take(self) -> tuple[str, Block] | None:
         given = None
         while given is None:
+            self._leave_if_stopped()
             self._raise_if_failed()
             self._read_ahead()
             given = self._sink.poll()
@@ -86,19 +88,38 @@ class Mapped(ResultStream):
                 self._raise_if_failed(over=True)
                 return None
         stage, block = given
-        if self._dead and self._ordered:  # what comes after one that failed is not given
-            block = block.take(0, min(block.count, min(self._dead) - self._taken))
+        if self._ordered and (missing := self._first_missing()) is not None:
+            block = block.take(0, max(0, min(block.count, missing - self._taken)))
         self._taken += block.count
         return stage, block
+
+    def _first_missing(self) -> int | None:
+        """Return the place of the first item that has no result: what comes after it is not given."""
+        assert self._running is not None
+        # Noted before what was held for them is let go.
+        cancelled = [part.first for one in self._running.driver.cancelled for part in one.parts]
+        return min([*self._dead, *cancelled], default=None)
+
+    def _leave_if_stopped(self) -> None:
+        """Where jobs run in this thread, and a stop signal is the run's, be interrupted by it."""
+        if self._thread is None and self._running is not None and self._running.driver.stops:
+            number = self._stop()
+            if number is not None:
+                hand_on(number, interruption(self.report), unfinished=True)
+            raise interruption(self.report)
 
     def _read_ahead(self) -> None:
         assert self._running is not None
         feed, before = self._feed, self._feed.exhausted
         waiting = feed.read - self._taken
         if READ_AHEAD - waiting >= WORTH_READING:
-            feed.fill(waiting, READ_AHEAD, lambda: self._sink.has_some)
+            feed.fill(waiting, READ_AHEAD, self._has_something_better_to_do)
         if feed.exhausted and not before:
             self._running.driver.call(self._no_more_comes)
+
+    def _has_something_better_to_do(self) -> bool:
+        """Whether there is a result to be given, or nobody else who would do the jobs."""
+        return self._thread is None or self._sink.has_some
 
     def _no_more_comes(self) -> None:
         assert self._running is not None
