@@ -145,7 +145,7 @@ class Pool:
         self.look_at: float | None = None  # when a job in hand can be over its time limit
         #: Seconds after which a job's worker is stopped: an async job is cancelled by its worker first.
         timeout = None if line.is_producer else line.node.stage.consumer.timeout
-        grace = ASYNC_GRACE_SECONDS if line.node.signature.is_async and line.each > 1 else 0.0
+        grace = ASYNC_GRACE_SECONDS if line.node.signature.is_async else 0.0
         self.limit = None if timeout is None else timeout + grace
         self._tasks = None if line.is_producer else line.node.stage.consumer.max_tasks_per_worker
         self.follows_consumers = False  # some of what comes here is given by jobs

@@ -547,10 +547,16 @@ class Intake:
 
 
 class Awaiter:
-    """Runs coroutines one at a time, on an event loop that is made with the first."""
+    """
+    Runs coroutines one at a time, on an event loop that is made with the first.
+
+    Where a ``limit`` is set, seconds and when they began (`time.monotonic_ns`), what is still running when
+    they are over is cancelled, and is a `TimeLimitExceeded`.
+    """
 
     def __init__(self) -> None:
         self._runner: Any = None  # Any: asyncio is imported only if it is needed
+        self.limit: tuple[float, int] | None = None
 
     def run(self, awaitable: Any) -> Any:
         """Return the result of *awaitable*."""
@@ -558,7 +564,9 @@ class Awaiter:
             import asyncio
 
             self._runner = asyncio.Runner()
-        return self._runner.run(_await(awaitable))
+        return self._runner.run(
+            _await(awaitable) if self.limit is None else _await_for(awaitable, *self.limit)
+        )
 
     def iterate(self, items: Any) -> Iterator[Any]:
         """Yield the items of an async iterator."""
@@ -569,6 +577,7 @@ class Awaiter:
                 except StopAsyncIteration:
                     return
         finally:
+            self.limit = None
             close = getattr(items, "aclose", None)
             if close is not None:
                 self.run(close())
@@ -581,6 +590,18 @@ class Awaiter:
 
 async def _await(awaitable: Any) -> Any:
     return await awaitable
+
+
+async def _await_for(awaitable: Any, seconds: float, began: int) -> Any:
+    import asyncio
+
+    try:
+        async with asyncio.timeout(began / 1e9 + seconds - time.monotonic()) as limit:
+            return await awaitable
+    except TimeoutError as error:
+        if limit.expired():
+            raise TimeLimitExceeded(f"the job took longer than {seconds:g} s") from error
+        raise
 
 
 # ── consumers, one job at a time ─────────────────────────────────────────────
@@ -777,13 +798,24 @@ class Serial:
                 continue
             try:
                 job = self._caller.job(part, index, offset) if self._caller.wants_job else {}
-                outcome = self._outcome(index, self._caller.function(item, **job))
+                outcome = self._in_time(began, index, self._caller.function(item, **job))
                 check_limit(timeout, began)
                 tally.outcomes.append(outcome)
             except Interrupted:
                 raise
             except BaseException as error:  # the job's, whatever it is
                 self._failed(index, error, item, tally)
+
+    def _in_time(self, began: int, index: int, given: Any) -> Any:
+        """Return what a call gave as an outcome; what is async is cancelled when its time is over."""
+        timeout = self._recipe.stage.consumer.timeout
+        if timeout is None or not self._recipe.signature.is_async:
+            return self._outcome(index, given)
+        self._awaiter.limit = timeout, began
+        try:
+            return self._outcome(index, given)
+        finally:
+            self._awaiter.limit = None
 
     def _outcome(self, index: int, given: Any) -> Any:
         """Return what a call gave as an outcome."""
@@ -840,7 +872,7 @@ class Serial:
         part, offset = list(places(chunk))[last]
         try:
             job = self._caller.job(part, last, offset) if self._caller.wants_job else {}
-            given = self._outcome(last, self._caller.function(good, **job))
+            given = self._in_time(began, last, self._caller.function(good, **job))
             check_limit(self._recipe.stage.consumer.timeout, began)
             if given is FILTERED:
                 outcomes = [FILTERED if outcome is DONE else outcome for outcome in outcomes]

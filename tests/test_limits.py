@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -128,18 +128,24 @@ def test_inline_judges_a_job_afterwards(monkeypatch: pytest.MonkeyPatch) -> None
     assert [letter.error for letter in report.dead] == ["TimeLimitExceeded"]
 
 
-@pytest.mark.parametrize("backend", (*PROCESSES, "thread"))
-def test_an_async_job_over_its_time_is_cancelled_and_its_worker_lives(backend: str) -> None:
+@pytest.mark.parametrize("backend", (*PROCESSES, "thread", "inline"))
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_an_async_job_over_its_time_is_cancelled_and_its_worker_lives(
+    backend: str, concurrency: int, notes: Notes
+) -> None:
     pipeline = Pipeline("async")
 
     @pipeline.producer
     def numbers() -> Iterator[int]:
         yield from range(10)
 
-    @pipeline.consumer(timeout=LIMIT, concurrency=4)
+    @pipeline.consumer(timeout=LIMIT, concurrency=concurrency)
     async def work(item: int) -> int:
-        if item == 4:
-            await asyncio.Event().wait()
+        try:
+            if item == 4:
+                await asyncio.Event().wait()
+        finally:
+            notes.add(item)
         return item
 
     report = pipeline.run(backend=backend, collect=True, check=False)
@@ -147,6 +153,34 @@ def test_an_async_job_over_its_time_is_cancelled_and_its_worker_lives(backend: s
     assert sorted(report.results) == [number for number in range(10) if number != 4]
     assert [letter.error for letter in report.dead] == ["TimeLimitExceeded"]
     assert report.stages["work"].worker_restarts == 0
+    assert "4" in notes.lines()
+
+
+@pytest.mark.parametrize("backend", (*PROCESSES, "thread", "inline"))
+def test_an_async_generator_over_its_time_is_closed_and_its_worker_lives(backend: str, notes: Notes) -> None:
+    pipeline = Pipeline("async")
+
+    @pipeline.producer
+    def numbers() -> Iterator[int]:
+        yield from range(6)
+
+    @pipeline.consumer(timeout=LIMIT)
+    async def work(item: int) -> AsyncIterator[int]:
+        try:
+            yield item
+            if item == 4:
+                await asyncio.Event().wait()
+            yield -item
+        finally:
+            await asyncio.sleep(0)
+            notes.add(item)
+
+    report = pipeline.run(backend=backend, collect=True, check=False)
+
+    assert sorted(report.results) == [-5, -3, -2, -1, 0, 0, 1, 2, 3, 5]
+    assert [letter.error for letter in report.dead] == ["TimeLimitExceeded"]
+    assert report.stages["work"].worker_restarts == 0
+    assert "4" in notes.lines()
 
 
 @pytest.mark.parametrize("backend", PROCESSES)
