@@ -170,7 +170,7 @@ def state(pid: int) -> dict[str, int]:
 def parents() -> dict[int, int]:
     """Return each process's parent."""
     found = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
+    for path in (process / "stat" for process in Path("/proc").glob("[0-9]*")):
         with contextlib.suppress(OSError):
             text = path.read_text()
             if text.rpartition(")")[2].split()[0] != "Z":
@@ -190,7 +190,7 @@ def left_of(mark: str) -> list[int]:
     deadline = time.monotonic() + 2
     while True:
         found = []
-        for path in Path("/proc").glob("[0-9]*/environ"):
+        for path in (process / "environ" for process in Path("/proc").glob("[0-9]*")):
             with contextlib.suppress(OSError):
                 if f"SOAK={mark}".encode() in path.read_bytes():
                     found.append(int(path.parent.name))

@@ -49,7 +49,7 @@ def index(cwd: Path, **params: object) -> subprocess.CompletedProcess[str]:
 def session_members(session: int) -> list[str]:
     """Return the processes of *session*, the one that leads it excepted."""
     members = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+    for stat in (process / "stat" for process in Path("/proc").glob("[0-9]*")):
         try:
             text = stat.read_text()
         except OSError:  # it ended while we looked

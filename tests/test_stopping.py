@@ -175,7 +175,7 @@ class Run:
     def alive(self) -> list[int]:
         """Return the processes that have our mark in their environment."""
         found = []
-        for path in Path("/proc").glob("[0-9]*/environ"):
+        for path in (process / "environ" for process in Path("/proc").glob("[0-9]*")):
             with contextlib.suppress(OSError):
                 if self.mark.encode() in path.read_bytes():
                     found.append(int(path.parent.name))

@@ -548,7 +548,7 @@ def _descriptors() -> list[str]:
 
 def _children() -> list[str]:
     found = []
-    for status in Path("/proc").glob("[0-9]*/stat"):
+    for status in (process / "stat" for process in Path("/proc").glob("[0-9]*")):
         try:
             text = status.read_text()
         except OSError:

@@ -210,7 +210,7 @@ def patiently(claim: Callable[[], bool], seconds: float) -> bool:
 def members(sessions: set[int]) -> list[int]:
     """Return the processes of these sessions that run, by the system's own list."""
     found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+    for stat in (process / "stat" for process in Path("/proc").glob("[0-9]*")):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
         except OSError:  # it has ended meanwhile
