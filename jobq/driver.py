@@ -257,6 +257,11 @@ class Driver:
         return self.ending.level + len(self._requested)
 
     @property
+    def signal(self) -> int | None:
+        """The first stop signal that it was told of, also if the run had ended by then."""
+        return self.ending.signal or next(filter(None, self._requested), None)
+
+    @property
     def abandoned(self) -> bool:
         """Whether the run was stopped because nobody wants what was still to come."""
         return self._abandoned

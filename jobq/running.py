@@ -137,7 +137,7 @@ class Running:
         return Outcome(
             report,
             signal=stopped,
-            heard=None if self.told else ending.signal,
+            heard=None if self.told else driver.signal,
             gave_up=ending.gave_up,
             unbalanced=imbalance if ending.level < KILL else None,
             stdout_closed=closed,

@@ -713,6 +713,20 @@ def test_a_signal_that_the_run_around_heard_is_told_by_that_one() -> None:
     assert inner == [1]
 
 
+@pytest.mark.usefixtures("handlers_back")
+@pytest.mark.parametrize("backend", ["joinable", "thread"])
+def test_a_signal_is_not_lost_though_the_run_has_ended(backend: str) -> None:
+    """All results lie there, and nobody is left who would stop for it."""
+    pipeline = ints(20)
+    pipeline.consumer(same)
+
+    with pytest.raises(KeyboardInterrupt), pipeline.stream(backend=backend) as stream:
+        next(stream)
+        assert stream._thread is not None
+        stream._thread.join()
+        signal.raise_signal(signal.SIGTERM)
+
+
 LEFT = """
 import signal, sys, time
 from collections.abc import Iterator
