@@ -964,6 +964,12 @@ class Driver:
         if not member.recalled:
             member.allow_all()
 
+    def _take_all_back(self) -> None:
+        for pool in self._consumers:
+            for member in pool.members:
+                if member.ready and not member.recalled:
+                    self._take_back(member)
+
     # ── from and to a session ────────────────────────────────────────────────
 
     def _let_in(self, inlet: Entrance, now: float) -> None:
@@ -987,10 +993,7 @@ class Driver:
     def pause(self) -> None:
         """Begin no new job from now on; those in hand go on. In the driver's thread."""
         self.paused = True
-        for pool in self._consumers:
-            for member in pool.members:
-                if member.ready and not member.recalled:
-                    self._take_back(member)
+        self._take_all_back()
 
     def resume(self) -> None:
         """Begin jobs again. In the driver's thread."""
@@ -1087,10 +1090,7 @@ class Driver:
         self._ends_at, self._waits_until = math.inf, now + LEAVING_SECONDS
         for pool in self.pools.values():
             pool.stop_giving()
-        for pool in self._consumers:
-            for member in pool.members:
-                if member.ready and not member.recalled:
-                    self._take_back(member)
+        self._take_all_back()
         if self._keeper is not None and not self._keeper.ready:
             self._keeper.killed = True
             self._keeper.worker.kill()

@@ -117,9 +117,9 @@ def waking(descriptor: int) -> Iterator[None]:
         signal.set_wakeup_fd(before)
 
 
-def hand_on(number: int, interruption: KeyboardInterrupt, *, unfinished: bool) -> None:
+def hand_on(number: int, report: Report | None, *, unfinished: bool) -> None:
     """
-    Let the program hear of a stop signal that a run took: by its own handler, else by *interruption*.
+    Let the program hear of a stop signal that a run took: by its own handler, else by an `interruption`.
 
     Where work was left *unfinished* that is raised in any case. Where another run in progress has heard the
     signal too, it will say so at its end.
@@ -132,7 +132,7 @@ def hand_on(number: int, interruption: KeyboardInterrupt, *, unfinished: bool) -
         signal.raise_signal(number)  # not called here: this may be another thread than the main one
         if not unfinished:
             return
-    raise interruption
+    raise interruption(report)
 
 
 def interruption(report: Report | None) -> KeyboardInterrupt:

@@ -105,7 +105,7 @@ class MapStream(ResultStream):
         if self._thread is None and self._running is not None and self._running.driver.stops:
             number = self._stop()
             if number is not None:
-                hand_on(number, interruption(self.report), unfinished=True)
+                hand_on(number, self.report, unfinished=True)
             raise interruption(self.report)
 
     def _read_ahead(self) -> None:

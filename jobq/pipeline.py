@@ -465,7 +465,7 @@ def _raise_or_report(outcome: Outcome, options: RunOptions) -> Report:
     if outcome.unbalanced is not None:
         raise JobsLost(f"the books don't balance, a bug in jobq: {outcome.unbalanced}", report)
     if outcome.heard is not None:
-        hand_on(outcome.heard, interruption(report), unfinished=outcome.signal is not None)
+        hand_on(outcome.heard, report, unfinished=outcome.signal is not None)
     elif outcome.signal is not None:
         raise interruption(report)
     if outcome.gave_up is not None and "main guard" in outcome.gave_up:

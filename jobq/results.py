@@ -346,12 +346,9 @@ class Stream:
 
     def take(self) -> tuple[str, Block] | None:
         """Return the same, waiting for it; None: no more come."""
-        with self._changed:
-            while not self._blocks:
-                if self._ended:
-                    return None
-                self._changed.wait(HEED_SECONDS)
-            return self._pop()
+        while (given := self.poll()) is None and self.wait():
+            pass
+        return given
 
     def _pop(self) -> tuple[str, Block]:
         stage, block = self._blocks.popleft()

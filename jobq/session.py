@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from jobq.annotations import spell
 from jobq.errors import Interrupted, JobqError, JobsLost, JoinTimeout, PayloadError, RunFailed
 from jobq.inlet import Entry, Inlet, Takers
-from jobq.ladder import Ladder, hand_on, interruption
+from jobq.ladder import Ladder, hand_on
 from jobq.letters import cannot_be_loaded, item_in_words, note_item, rebuild
 from jobq.lineage import Fate
 from jobq.report import counted
@@ -426,7 +426,7 @@ class Session:
             ladder.lead(climb)
             yield
         if heard:
-            hand_on(heard[0], interruption(self.report), unfinished=len(heard) > 1)
+            hand_on(heard[0], self.report, unfinished=len(heard) > 1)
 
     def _drive(self) -> None:
         try:

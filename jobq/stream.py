@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jobq.errors import JobqError
-from jobq.ladder import Ladder, hand_on, interrupt_later, interruption
+from jobq.ladder import Ladder, hand_on, interrupt_later
 from jobq.letters import cannot_be_loaded
 from jobq.results import Sink, Stream
 from jobq.wire import Undecodable
@@ -168,7 +168,7 @@ class ResultStream(Iterator[Any]):
     def _tell(self, number: int | None) -> None:
         """Let the program hear of a signal. It has left by itself: what is unfinished is nobody's loss."""
         if number is not None:
-            hand_on(number, interruption(self.report), unfinished=False)
+            hand_on(number, self.report, unfinished=False)
 
     def _leave(self) -> None:
         """Close, in a place where whatever is raised is lost."""
