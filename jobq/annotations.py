@@ -83,6 +83,11 @@ class Signature:
     is_generator: bool = False
     problems: tuple[str, ...] = ()
 
+    @property
+    def job_names(self) -> list[str]:
+        """The names of the parameters that are given the `Job`."""
+        return [binding.name for binding in self.bindings if binding.kind == "job"]
+
 
 @dataclass(frozen=True, slots=True)
 class Unresolved:

@@ -539,7 +539,7 @@ class Driver:
             scheduler.settle_grant(line, member.worker.name, answer, now)
             if answer.ended:
                 # Did it end by itself, or since it saw that the run is being stopped?
-                watches = any(binding.kind == "job" for binding in line.node.signature.bindings)
+                watches = bool(line.node.signature.job_names)
                 self.ending.interrupted |= bool(self.ending.level) and watches
                 given = answer.totals.done
                 self._tell(events.ProducerEnded(line.name, member.worker.name, given))

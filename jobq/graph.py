@@ -566,7 +566,7 @@ def _unfit_for_all(resources: Mapping[str, ResourceNode]) -> Iterator[str]:
         if node.resource.options.scope == "run":
             if node.signature.is_async:
                 yield f"{describe(node.resource)}: one for the run can't be async: make it a plain function."
-            if any(binding.kind == "job" for binding in node.signature.bindings):
+            if node.signature.job_names:
                 yield f"{describe(node.resource)}: one for the run has no Job: ask for it in the stage."
 
 

@@ -226,7 +226,8 @@ def prepare(
     if any(count > 1 for count in lanes.values()):
         # Imported once, not by every worker that is forked: it brings asyncio.
         importlib.import_module("jobq.lanes")
-    if (log is not None or somebody_listens()) and any(map(_takes_its_job, graph.nodes.values())):
+    may_log = any(node.signature.job_names for node in graph.nodes.values())
+    if may_log and (log is not None or somebody_listens()):
         importlib.import_module("structlog")  # likewise: they may log
     run_id = machine.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     # Consumers' workers are all alike, and how many there will be may not be known yet.
@@ -319,10 +320,6 @@ def prepare(
         events.RunStarted(run_id, name, backend.name, backend.start_method, tuple(graph.nodes), wanted)
     )
     return running
-
-
-def _takes_its_job(node: Node) -> bool:
-    return any(binding.kind == "job" for binding in node.signature.bindings)
 
 
 @contextlib.contextmanager

@@ -221,7 +221,7 @@ class Resources:
                     continue
                 wanted = {b.name: opened[b.name] for b in use.signature.bindings if b.name in opened}
                 if self._job is not None:
-                    wanted |= {b.name: self._job() for b in use.signature.bindings if b.kind == "job"}
+                    wanted |= {name: self._job() for name in use.signature.job_names}
                 try:
                     opened[use.resource.name] = await self._open(use, wanted)
                 except BaseException as error:  # user code
@@ -399,7 +399,7 @@ class Caller:
         self._run = run if recipe.resources and recipe.signature.is_async else at_once
         self._resources = Resources(recipe.resources, lambda: self._job(None, 0, 0))
         signature = recipe.signature
-        self._job_names = [b.name for b in signature.bindings if b.kind == "job"]
+        self._job_names = signature.job_names
         self.wants_job = bool(self._job_names)
         self.function: Function = recipe.stage.function
         self._ready = False

@@ -49,9 +49,11 @@ def _notes(report: Report, dead_letters: Path | None) -> list[str]:
         again = f"{_counted(redelivered, 'job')} delivered again"
         notes.append(f"{_counted(restarts, 'worker')} replaced, {again}")
     dead, cancelled = sum(s.dead for s in stages), sum(s.cancelled for s in stages)
-    given_up = [_counted(dead, "dead letter")] * bool(dead) + [f"{number(cancelled)} cancelled"] * bool(
-        cancelled
-    )
+    given_up = []
+    if dead:
+        given_up.append(_counted(dead, "dead letter"))
+    if cancelled:
+        given_up.append(f"{number(cancelled)} cancelled")
     if given_up:
         where = f" in {dead_letters}" if dead_letters else ""
         notes.append(f"{', '.join(given_up)}{where}")
