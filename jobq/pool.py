@@ -113,8 +113,9 @@ class Member:
     def stop_beginning(self) -> int:
         """Keep the worker from beginning more jobs; return the first ticket that it will not begin."""
         page = self.worker.page
-        begun = self.begun()
-        page[LIMIT] = begun + 1
+        begun, limit = self.begun(), page[LIMIT]
+        # Never raised: the page may show a claim from behind the limit, just before the worker looks at that.
+        page[LIMIT] = begun + 1 if limit == NO_LIMIT else min(limit, begun + 1)
         # The worker writes its ticket, then reads the limit; we write the limit, then read the ticket. A
         # system call between the two lets our store be seen first, so one of us notices the other.
         os.sched_yield()

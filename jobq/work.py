@@ -657,6 +657,7 @@ class Serial:
         if self._retirement.why or not may_begin(self._page, order.number):
             self._outbox.flush(final=True)
             return
+        began = tally.began  # which each answer sets anew
         items, bad = self._intake.open(order)
         tally.items = items
         if self._recipe.signature.batched:
@@ -667,7 +668,7 @@ class Serial:
                 self._quick(order.number, items, tally, claims)
             else:
                 self._fast(order.number, items, tally)
-            self._pace = (time.monotonic() - tally.began) / order.count
+            self._pace = (time.monotonic() - began) / max(1, len(tally.outcomes))
         else:
             self._each(order, items, bad, tally)
         if self._retirement.watches:

@@ -22,6 +22,7 @@ from unittest import mock
 from jobq import Pipeline
 from jobq.driver import Driver
 from jobq.ordering import Sequencer
+from jobq.pool import Member
 from jobq.scheduler import Line, Scheduler
 from jobq.testing import Faults, SimulationFailed, simulate
 from tests.simulated import ALL
@@ -126,6 +127,13 @@ BUGS = (
         "_settle",
         "if member.recalled <= 0 or not line.flights.get(member.worker.name):",
         "if True:",
+    ),
+    Bug(
+        "a claim from behind the limit lifts it",
+        Member,
+        "stop_beginning",
+        "if limit == NO_LIMIT else",
+        "if True else",
     ),
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -11,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from jobq import JobsFailed
-from jobq.backend import CLAIMED, IDLE, LANES, blank_page, page_words
+from jobq.backend import CLAIMED, IDLE, LANES, LIMIT, NO_LIMIT, blank_page, page_words
 from jobq.claims import Claims
+from jobq.wire import ReferenceCodec
 from tests.test_deaths import until
 from tests.test_run import PROCESSES, Notes, ints, run
+from tests.test_work import Bench
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -93,6 +96,62 @@ def test_each_claim_has_its_own_two_looks() -> None:
     claims.narrow()
 
     assert shown(words) == (12, 14)
+
+
+# --- when jobs are claimed -----------------------------------------------------------------------
+
+
+def test_jobs_are_claimed_after_a_chunk_of_quick_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobq.work.QUICK_SECONDS", 0.5)
+    claimed: list[bool] = []
+
+    def work(i: int) -> None:  # noqa: ARG001
+        claimed.append(bench.port.page[CLAIMED] != IDLE)
+
+    with Bench(work, ReferenceCodec(), flusher=True) as bench:
+        bench.do(1, 2)
+        bench.do(3, 4)
+
+    assert claimed == [False, False, True, True]
+
+
+def test_a_slow_chunk_is_no_quick_one_though_most_of_it_was_answered_before_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("jobq.work.QUICK_SECONDS", 0.001)
+    claimed: list[bool] = []
+    sent = threading.Event()
+
+    def work(i: int) -> None:
+        claimed.append(bench.port.page[CLAIMED] != IDLE)
+        if i == 3:
+            assert sent.wait(20)  # the flusher looks after 5 ms at the soonest
+
+    with Bench(work, ReferenceCodec(), flusher=True) as bench:
+        bench.port.watch = lambda answer: sent.set() if answer.settled else None
+        bench.do(1, 2, 3)
+        bench.do(4, 5)
+
+    assert claimed == [False] * 5
+
+
+def test_a_slow_chunk_is_no_quick_one_though_it_was_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobq.work.QUICK_SECONDS", 0.001)
+    claimed: list[bool] = []
+
+    def work(i: int) -> None:  # noqa: ARG001
+        claimed.append(bench.port.page[CLAIMED] != IDLE)
+        began = time.monotonic()
+        while time.monotonic() < began + 0.002:
+            pass
+        bench.port.page[LIMIT] = bench.sent + 1
+
+    with Bench(work, ReferenceCodec(), flusher=True) as bench:
+        bench.do(*range(1000))
+        bench.port.page[LIMIT] = NO_LIMIT
+        bench.do(1, 2)
+
+    assert claimed == [False, False]
 
 
 # --- in a run ------------------------------------------------------------------------------------

@@ -52,6 +52,16 @@ def test_what_is_claimed_may_have_begun() -> None:
     assert member.stop_beginning() == 6
 
 
+def test_a_claim_from_behind_the_limit_does_not_lift_it() -> None:
+    """A worker shows its claim, then looks at the limit: in between the driver may look once more."""
+    member = member_with(3)
+    assert member.stop_beginning() == 4
+    member.worker.page[CLAIMED] = 6
+
+    assert member.stop_beginning() == 6
+    assert member.worker.page[LIMIT] == 4
+
+
 def test_only_jobs_in_hand_have_an_age() -> None:
     member = member_with(3, past(9), IDLE)
     member.worker.page[LANES + 1 :: 2] = [100, 200, 300]

@@ -37,6 +37,7 @@ from jobq.backend import (
 )
 from jobq.backends.child import describe_failure
 from jobq.errors import BrokenChannel, EndOfChannel
+from jobq.pool import SLOW_SECONDS
 from jobq.shapes import SCALARS
 from jobq.testing.ledger import Books, Ledger, Tag
 from jobq.testing.world import InjectedFailure, World
@@ -444,6 +445,7 @@ class ConsumerWorker(FleetWorker):
         self._free = list(range(recipe.lanes))
         self._jobs: list[Job] = []
         self._hidden = False
+        self._hesitates = False  # its page shows a claim, and it has not looked at the limit since
         #: Whether it claims jobs by the dozen, as workers do whose jobs take next to no time.
         quick = recipe.lanes == 1 and not self._batched and recipe.stage.consumer.max_deliveries > 1
         self._quick = quick and self._timeout is None and self.world.chance.random() < 0.4
@@ -458,7 +460,7 @@ class ConsumerWorker(FleetWorker):
 
     def _go(self) -> None:
         """Begin jobs while a lane is free; answer what is through; end if nothing is left."""
-        while not self.dead and self._work is not None and self._free:
+        while not self.dead and self._work is not None and self._free and not self._hesitates:
             hand = self._next()
             if hand is None:
                 break
@@ -491,6 +493,35 @@ class ConsumerWorker(FleetWorker):
         assert isinstance(hand.order, Chunk)
         low, count = hand.next, hand.order.count
         ticket = hand.order.number + low
+        if page[CLAIMED] == IDLE and self._quick and not self._hidden and is_first_try(hand.order):
+            page[CLAIMED] = ticket + min(count - low, world.chance.randint(2, 8))
+            page[LANES] = ticket
+            stopped = page[LIMIT] != NO_LIMIT  # where the driver may look again meanwhile
+            self._hesitates = world.chance.random() < world.faults.races * (1 if stopped else 0.2)
+            if self._hesitates:
+                seconds = world.takes() + SLOW_SECONDS * 4 * world.chance.random()
+                world.at(seconds, lambda: self._decide(hand))
+            else:
+                self._decide(hand)
+            return
+        self._begin_job(hand)
+
+    def _decide(self, hand: InHand) -> None:
+        """Look at the limit after a claim was shown: begin its first job, unless not all of it may begin."""
+        self._hesitates = False
+        if self.dead or self._work is None:
+            return
+        if not may_begin(self.page, self.page[CLAIMED] - 1):
+            self.page[CLAIMED] = IDLE
+            self.page[LANES] -= 1
+        self._begin_job(hand)
+        self._go()
+
+    def _begin_job(self, hand: InHand) -> None:
+        world, page = self.world, self.page
+        assert isinstance(hand.order, Chunk)
+        low, count = hand.next, hand.order.count
+        ticket = hand.order.number + low
         claimed = page[CLAIMED] != IDLE
         if not (claimed or self._hidden or may_begin(page, ticket)):
             hand.skipped += count - low
@@ -503,10 +534,6 @@ class ConsumerWorker(FleetWorker):
         job = Job(hand, low, high, lane, "fine")
         self._jobs.append(job)
         if claimed:
-            self._may_narrow(ticket)
-        elif self._quick and not self._hidden and is_first_try(hand.order):
-            claimed = self._may_claim(ticket, min(count - low, world.chance.randint(2, 8)))
-        if claimed:
             self.ledger.begins(self, ticket)
         elif self._hidden:
             world.at(1e-9, lambda: self._show(job, ticket))
@@ -517,23 +544,16 @@ class ConsumerWorker(FleetWorker):
         number = hand.jobs[low][0].first + hand.jobs[low][1]
         world.tell("begins", self.name, number)
         seconds = world.takes()
+        if claimed:
+            world.at(world.pace * 4 * world.chance.random(), lambda: self._narrow(job, ticket))
         if self._timeout is not None and world.chance.random() < world.faults.delays:
             seconds += self._timeout
         self._draw_fate(job, number, seconds)
         world.at(seconds, lambda: self._through(job))
 
-    def _may_claim(self, ticket: int, count: int) -> bool:
-        """Claim *count* jobs if all of them may begin; return whether they are."""
-        self.page[CLAIMED] = ticket + count
-        self.page[LANES] = ticket
-        if may_begin(self.page, ticket + count - 1):
-            return True
-        self.page[CLAIMED] = IDLE
-        return False
-
-    def _may_narrow(self, ticket: int) -> None:
-        """Now and then give back what has not begun of the claim in which the job with this ticket begins."""
-        if self.world.chance.random() < 0.2:
+    def _narrow(self, job: Job, ticket: int) -> None:
+        """Give back what has not begun of a claim, if the job in hand has not ended meanwhile."""
+        if job in self._jobs and not self.dead:
             self.page[LANES] = ticket
             self.page[CLAIMED] = ticket + 1
 
@@ -592,6 +612,8 @@ class ConsumerWorker(FleetWorker):
             self._answer(hand, final=True)
             if self._lanes == 1 and self.page[LANES] >= 0:
                 self.page[LANES] = past(self.page[LANES])
+        elif self.page[CLAIMED] != IDLE:
+            return  # it looks at nothing else before the claim's end
         elif (hand.done or hand.skipped) and (self._lanes > 1 or self.world.chance.random() < 0.2):
             self._answer(hand, final=False)
 
