@@ -544,11 +544,11 @@ class Driver:
                 given = answer.totals.done
                 self._tell(events.ProducerEnded(line.name, member.worker.name, given))
         else:
-            scheduler.settle(line, member.worker.name, answer, now)
+            recalled = scheduler.settle(line, member.worker.name, answer, now)
             if line.target != target:
                 self._hint_upstream(line)
             if member.recalled:
-                member.recalled -= answer.skipped
+                member.recalled -= recalled
                 if member.recalled <= 0 or not line.flights.get(member.worker.name):
                     member.allow_all()
             if answer.leaving or member.left == 0 or member.retiring:

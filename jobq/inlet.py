@@ -164,8 +164,8 @@ class Inlet:
         with self._changed:
             if self.open:
                 self.open = False
-                self.wake()
-                self.wake = lambda: None
+                wake, self.wake = self.wake, lambda: None
+                wake()  # last: Ctrl-C may strike in it
             self._changed.notify_all()
 
 

@@ -49,7 +49,7 @@ class LaneTally:
     failures: list[Failure] = field(default_factory=list)
     notes: list[tuple[int, float | None, float | None]] = field(default_factory=list)
     busy: float = 0.0
-    skipped: int = 0
+    skipped: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +191,7 @@ class Lanes:
             tally.open -= 1
             tally.busy += busy
             if outcome is RECALLED:
-                tally.skipped += 1
+                tally.skipped.append(index)
             else:
                 tally.outcomes.append((index, outcome))
             if failure is not None:
@@ -222,7 +222,7 @@ class Lanes:
         failures, tally.failures = tuple(tally.failures), []
         notes, tally.notes = tuple(tally.notes), []
         busy, tally.busy = tally.busy, 0.0
-        skipped, tally.skipped = tally.skipped, 0
+        skipped, tally.skipped = tuple(tally.skipped), []
         settled: list[tuple[int, int]] = []
         filtered: list[int] = []
         pieces: list[Any] = []

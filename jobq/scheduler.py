@@ -605,8 +605,13 @@ class Scheduler:
         for taker in line.ahead:
             taker.promised_bytes -= flight.grant.nbytes
 
-    def settle(self, line: Line, worker: str, answer: Answer, now: float) -> None:
-        """Take the outcomes of a chunk's jobs: what they gave goes on, failed ones are retried or dead."""
+    def settle(self, line: Line, worker: str, answer: Answer, now: float) -> int:
+        """
+        Take the outcomes of a chunk's jobs: what they gave goes on, failed ones are retried or dead.
+
+        Jobs that the worker did not begin are queued again, unless they were taken back before: returns how
+        many those were.
+        """
         flight = line.flights[worker][answer.number]
         books = line.books
         books.busy_seconds += answer.busy
@@ -633,11 +638,18 @@ class Scheduler:
         self._release_order(line, now)
         for part in flight.parts(closed) if flight.chunk.parts[0].roots is not None else ():
             self.lineage.end(part.roots or ())
+        refused = [one for index in sorted(answer.skipped) for one in flight.close(index, index + 1)]
+        self._refused(line, worker, flight, refused)
         if answer.final:
             del line.flights[worker][answer.number]
-            if flight.open:  # the worker says that it is through: these were never begun
-                self._landed(line, worker, flight, flight.open)
-                self.put_back(line, flight.parts(flight.open), solo=flight.solo)
+            self._refused(line, worker, flight, flight.open)  # the worker says that it is through
+        return len(answer.skipped) - len(refused)
+
+    def _refused(self, line: Line, worker: str, flight: Flight, ranges: Ranges) -> None:
+        """Queue again what a worker had and did not begin."""
+        if ranges:
+            self._landed(line, worker, flight, ranges)
+            self.put_back(line, flight.parts(ranges), solo=flight.solo)
 
     def _landed(self, line: Line, worker: str, flight: Flight, ranges: Ranges) -> None:
         """

@@ -357,13 +357,11 @@ class Session:
 
     def stop(self) -> None:
         """Stop now: jobs in flight and queued are cancelled. Idempotent."""
-        self._inlet.close()
-        with self._changed:
-            if not self._ended:
-                self._running.driver.abandon()
         try:
+            self._abandon()
             self._finish()
         except KeyboardInterrupt:  # somebody does not come to an end, and is not to be waited for
+            self._abandon()
             with self._changed:
                 if not self._ended:
                     self._running.driver.request_stop()
@@ -427,6 +425,12 @@ class Session:
             yield
         if heard:
             hand_on(heard[0], self.report, unfinished=len(heard) > 1)
+
+    def _abandon(self) -> None:
+        self._inlet.close()
+        with self._changed:
+            if not self._ended:
+                self._running.driver.abandon()
 
     def _drive(self) -> None:
         try:

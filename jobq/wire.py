@@ -499,9 +499,10 @@ class Answer:
     filtered ones are in ``filtered`` too); failed ones are in ``failures`` alone. ``final``: the chunk is
     answered whole, but for jobs that were taken back. For a producer ``settled`` counts items given under
     the grant, and ``ended`` says that there are no more.
-    ``notes`` are what jobs said of their progress: ``(index, done, total)``. ``skipped`` jobs were not begun,
-    since they had been taken back. ``leaving`` says why this worker begins no more jobs, if it doesn't:
-    those of which a final answer says nothing go to others.
+    ``notes`` are what jobs said of their progress: ``(index, done, total)``. ``skipped`` are the indices of
+    jobs that will not begin here, taken back or not: the limit was below their ticket when it was looked at.
+    ``leaving`` says why this worker begins no more jobs, if it doesn't: those of which a final answer says
+    nothing go to others.
     """
 
     number: int
@@ -514,7 +515,7 @@ class Answer:
     busy: float = 0.0
     ended: bool = False
     notes: tuple[tuple[int, float | None, float | None], ...] = ()
-    skipped: int = 0
+    skipped: tuple[int, ...] = ()
     leaving: str = ""
 
 

@@ -129,6 +129,13 @@ BUGS = (
         "if True:",
     ),
     Bug(
+        "whatever a worker refused counts as taken back",
+        Scheduler,
+        "settle",
+        "return len(answer.skipped) - len(refused)",
+        "return len(answer.skipped)",
+    ),
+    Bug(
         "a claim from behind the limit lifts it",
         Member,
         "stop_beginning",

@@ -13,7 +13,7 @@ plain = Pipeline("plain")
 
 
 @plain.producer
-def numbers(count: int = 20) -> Iterator[int]:
+def numbers(count: int = 50) -> Iterator[int]:
     yield from range(count)
 
 
@@ -22,7 +22,7 @@ def spelled(number: int) -> str:
     return str(number)
 
 
-@plain.consumer(workers=2)
+@plain.consumer(workers=2, concurrency=2)
 def measured(text: str) -> float:
     return float(text)
 

@@ -739,6 +739,25 @@ def test_jobs_of_several_chunks_are_taken_back_in_order() -> None:
     assert items(world.take(worker="v")) == [2, 3, 4, 5]
 
 
+def test_jobs_that_a_worker_refuses_wait_again_and_those_taken_back_are_told_apart() -> None:
+    world = World(declare((end, {})))
+    world.give(*range(6))
+    chunk = world.take()
+    world.scheduler.take_back(world["c0"], "w", 4)
+
+    # The limit was below 2 when the worker looked at it, and 2 and 3 were taken for begun.
+    recalled = world.scheduler.settle(
+        world["c0"],
+        "w",
+        Answer(chunk.number, final=False, settled=((0, 1),), skipped=(3, 2, 5, 4)),
+        world.now,
+    )
+
+    assert recalled == 2
+    assert items(world.take(worker="v")) == [2, 3, 4, 5]
+    assert world["c0"].flights["w"][chunk.number].open == [(1, 2)]
+
+
 def test_a_late_answer_for_a_job_taken_back_counts_once() -> None:
     world = World(declare((one, {})))
     world.give("a", "b", "c")

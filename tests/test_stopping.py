@@ -936,8 +936,10 @@ def test_a_stream_can_be_left_though_somebody_never_ends(backend: str, tmp_path:
 
 
 @pytest.mark.usefixtures("handlers_back")
-@pytest.mark.parametrize("how", ["open", "stop"])
-def test_ctrl_c_gets_through_who_leaves_while_a_resource_hangs(how: str, notes: Notes) -> None:
+@pytest.mark.parametrize("how", ["open", "stop", "stop at once"])
+def test_ctrl_c_gets_through_who_leaves_while_a_resource_hangs(
+    how: str, notes: Notes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipeline = Pipeline("test")
 
     @pipeline.resource
@@ -955,6 +957,13 @@ def test_ctrl_c_gets_through_who_leaves_while_a_resource_hangs(how: str, notes: 
             time.sleep(0.001)
         os.kill(os.getpid(), signal.SIGINT)
 
+    def strike_after(wake: Callable[[], None]) -> Callable[[], None]:
+        def wake_and_strike() -> None:
+            wake()
+            interrupt()
+
+        return wake_and_strike
+
     began, session = (
         time.monotonic(),
         pipeline.open(backend="pipe", start_method="fork", shutdown_timeout=1000),
@@ -962,11 +971,16 @@ def test_ctrl_c_gets_through_who_leaves_while_a_resource_hangs(how: str, notes: 
     with pytest.raises(KeyboardInterrupt), session as run:
         run.submit(1).result()
         thread = threading.Thread(target=interrupt)
-        thread.start()
-        if how == "stop":
+        if how == "stop at once":
+            inlet = run._inlet
+            monkeypatch.setattr(inlet, "wake", strike_after(inlet.wake))
+        else:
+            thread.start()
+        if how != "open":
             run.stop()
         raise ZeroDivisionError
-    thread.join()
+    if how != "stop at once":
+        thread.join()
 
     assert time.monotonic() - began < 500
     assert run.report is not None

@@ -919,6 +919,7 @@ def test_lanes_do_not_begin_what_was_taken_back(function: Callable[..., Any], co
 
         assert sorted(settled(*answers)) == [0, 1, 2]
         assert answers[-1].totals.done == 3
+        assert sorted(index for answer in answers for index in answer.skipped) == [3, 4, 5, 6, 7]
 
 
 @pytest.mark.parametrize("function", [unpicklable_for_one, unpicklable_for_one_too])

@@ -210,7 +210,7 @@ class InHand:
     next: int = 0
     running: int = 0
     nbytes: int = 0
-    skipped: int = 0
+    skipped: list[int] = field(default_factory=list)
     began: float = 0.0
     ended: bool = False
     done: list[Done] = field(default_factory=list)
@@ -398,7 +398,7 @@ class FleetWorker:
         answer = _merged(hand, done, final=final)
         self._totals = answer.totals = _sum(self._totals, [one.answer.totals for one in done])
         answer.busy, hand.began = self.world.now - hand.began, self.world.now
-        hand.skipped = 0
+        hand.skipped = []
         self._say(answer, done)
 
     _totals = Totals()
@@ -445,7 +445,9 @@ class ConsumerWorker(FleetWorker):
         self._free = list(range(recipe.lanes))
         self._jobs: list[Job] = []
         self._hidden = False
-        self._hesitates = False  # its page shows a claim, and it has not looked at the limit since
+        self._hesitates = False  # its page shows a job, and it has not looked at the limit since
+        self._fresh = False  # likewise a claim
+        self._races = False  # the driver is about to write the limit
         #: Whether it claims jobs by the dozen, as workers do whose jobs take next to no time.
         quick = recipe.lanes == 1 and not self._batched and recipe.stage.consumer.max_deliveries > 1
         self._quick = quick and self._timeout is None and self.world.chance.random() < 0.4
@@ -489,48 +491,55 @@ class ConsumerWorker(FleetWorker):
         return None
 
     def _begin(self, hand: InHand) -> None:
-        world, page = self.world, self.page
-        assert isinstance(hand.order, Chunk)
-        low, count = hand.next, hand.order.count
-        ticket = hand.order.number + low
-        if page[CLAIMED] == IDLE and self._quick and not self._hidden and is_first_try(hand.order):
-            page[CLAIMED] = ticket + min(count - low, world.chance.randint(2, 8))
-            page[LANES] = ticket
-            stopped = page[LIMIT] != NO_LIMIT  # where the driver may look again meanwhile
-            self._hesitates = world.chance.random() < world.faults.races * (1 if stopped else 0.2)
-            if self._hesitates:
-                seconds = world.takes() + SLOW_SECONDS * 4 * world.chance.random()
-                world.at(seconds, lambda: self._decide(hand))
-            else:
-                self._decide(hand)
+        """Show the next job, or a claim, then look at the limit: at once, or a moment later."""
+        world, page, lane = self.world, self.page, self._free.pop()
+        if self._hidden:
+            self._decide(hand, lane, IDLE)
             return
-        self._begin_job(hand)
+        assert isinstance(hand.order, Chunk)
+        word = LANES + 2 * lane
+        before, ticket = page[word], hand.order.number + hand.next
+        if page[CLAIMED] == IDLE and self._quick and is_first_try(hand.order):
+            page[CLAIMED] = ticket + min(hand.order.count - hand.next, world.chance.randint(2, 8))
+            self._fresh = True
+        if page[CLAIMED] == IDLE or self._fresh:
+            page[word + 1] = world.monotonic_ns()
+            page[word] = ticket
+        shows = page[CLAIMED] == IDLE or self._fresh
+        near = self._races or page[LIMIT] != NO_LIMIT  # the driver looks just now, or may look again
+        self._hesitates = shows and world.chance.random() < world.faults.races * (1 if near else 0.2)
+        if self._hesitates:
+            seconds = world.takes() + SLOW_SECONDS * 4 * world.chance.random()
+            world.at(seconds, lambda: self._go_on(hand, lane, before))
+        else:
+            self._decide(hand, lane, before)
 
-    def _decide(self, hand: InHand) -> None:
-        """Look at the limit after a claim was shown: begin its first job, unless not all of it may begin."""
+    def _go_on(self, hand: InHand, lane: int, before: int) -> None:
         self._hesitates = False
-        if self.dead or self._work is None:
-            return
-        if not may_begin(self.page, self.page[CLAIMED] - 1):
-            self.page[CLAIMED] = IDLE
-            self.page[LANES] -= 1
-        self._begin_job(hand)
-        self._go()
+        if not self.dead and self._work is not None:
+            self._decide(hand, lane, before)
+            self._go()
 
-    def _begin_job(self, hand: InHand) -> None:
+    def _decide(self, hand: InHand, lane: int, before: int) -> None:
+        """Begin the next job, if the limit allows it; else *lane* shows what it did *before*."""
         world, page = self.world, self.page
         assert isinstance(hand.order, Chunk)
         low, count = hand.next, hand.order.count
         ticket = hand.order.number + low
+        if self._fresh and not may_begin(page, page[CLAIMED] - 1):
+            page[CLAIMED] = IDLE
+        self._fresh = False
         claimed = page[CLAIMED] != IDLE
         if not (claimed or self._hidden or may_begin(page, ticket)):
-            hand.skipped += count - low
+            self._free.append(lane)
+            if self._lanes > 1:
+                page[LANES + 2 * lane] = before
+                hand.skipped += range(low, count)
             hand.next = count
             self._settle(hand)
             return
         hand.next = high = count if self._batched else low + 1
         hand.running += 1
-        lane = self._free.pop()
         job = Job(hand, low, high, lane, "fine")
         self._jobs.append(job)
         if claimed:
@@ -648,7 +657,10 @@ class ConsumerWorker(FleetWorker):
         )
         unseen = race and self.world.chance.random() < 0.5
         if race and not unseen:
-            self._through(self._jobs[0])
+            self._races = True
+            for job in self._jobs[: self.world.chance.randint(1, self._lanes)]:
+                self._through(job)
+            self._races = False
         super()._limited(limit)
         if unseen:
             self._hidden = True
@@ -811,7 +823,7 @@ def _merged(hand: InHand, done: Sequence[Done], *, final: bool) -> Answer:
     """Return one answer for several jobs, as a worker makes it."""
     if len(done) == 1:  # often: it is that answer
         alone = done[0].answer
-        alone.number, alone.final, alone.skipped = hand.order.number, final, hand.skipped
+        alone.number, alone.final, alone.skipped = hand.order.number, final, tuple(hand.skipped)
         alone.ended = final and hand.ended
         return alone
     settled: list[tuple[int, int]] = []
@@ -849,7 +861,7 @@ def _merged(hand: InHand, done: Sequence[Done], *, final: bool) -> Answer:
         ),
         ended=final and hand.ended,
         notes=tuple(note for one in done for note in one.answer.notes),
-        skipped=hand.skipped,
+        skipped=tuple(hand.skipped),
     )
 
 

@@ -210,9 +210,10 @@ class Ledger:
             return
         for one in done:
             self._judge(books, worker, answer.number, one)
-        if answer.final:  # it is through with the chunk: what it did not answer it will not begin
-            for ticket in [one for one, (_, _, chunk) in worker.held.items() if chunk == answer.number]:
-                del books.holders[worker.held.pop(ticket)[0]]
+        back = {answer.number + index for index in answer.skipped}
+        for ticket, (number, _, chunk) in list(worker.held.items()):
+            if ticket in back or (answer.final and chunk == answer.number):  # it will not begin it
+                del worker.held[ticket], books.holders[number]
 
     def _judge(self, books: Books, worker: FleetWorker, start: int, done: Done) -> None:
         answer = done.answer
