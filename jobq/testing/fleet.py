@@ -450,7 +450,7 @@ class ConsumerWorker(FleetWorker):
         self._races = False  # the driver is about to write the limit
         #: Whether it claims jobs by the dozen, as workers do whose jobs take next to no time.
         quick = recipe.lanes == 1 and not self._batched and recipe.stage.consumer.max_deliveries > 1
-        self._quick = quick and self._timeout is None and self.world.chance.random() < 0.4
+        self._quick = quick and self._timeout is None and self.world.chance.random() < 0.6
 
     def send(self, order: Order) -> None:
         """Take a chunk."""
@@ -509,7 +509,7 @@ class ConsumerWorker(FleetWorker):
         near = self._races or page[LIMIT] != NO_LIMIT  # the driver looks just now, or may look again
         self._hesitates = shows and world.chance.random() < world.faults.races * (1 if near else 0.2)
         if self._hesitates:
-            seconds = world.takes() + SLOW_SECONDS * 4 * world.chance.random()
+            seconds = world.takes() + SLOW_SECONDS * (1 + 4 * world.chance.random())
             world.at(seconds, lambda: self._go_on(hand, lane, before))
         else:
             self._decide(hand, lane, before)
