@@ -36,6 +36,10 @@ SCALARS = frozenset({int, float, bool, str, bytes, type(None)})
 all_scalars = SCALARS.issuperset
 #: Dicts of so many kinds are known at once; then they are learned anew.
 MOST_HEADS = 256
+#: What is made for dicts of one kind is made when so many have come: it takes as long as to look at them.
+OFTEN = 200
+#: Nor is it made for longer ones.
+MOST_NAMES = 64
 #: The opcode by which a pickle names a class. The same byte may stand for something else, too.
 STACK_GLOBAL = b"\x93"
 
@@ -118,12 +122,17 @@ def _model_encoder(shape: Shape, dumps: Dumps) -> Encoder:
     return encode
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Head:
-    """The keys of dicts, and the types of their values: one object for all that have the same."""
+    """
+    The keys of dicts, and the types of their values: one object for all that have the same.
+
+    ``met`` is how many of them it took long to recognize.
+    """
 
     names: tuple[str, ...]
     types: tuple[type, ...]
+    met: int = 0
 
     @property
     def spelled(self) -> str:
@@ -136,24 +145,27 @@ class Keys:
 
     def encoder(self, dumps: Dumps) -> Encoder:
         """Return the function that makes of a dict, as it is now, a row, or a pickle by *dumps*."""
-        names: tuple[str, ...] = ()
-        types: tuple[type, ...] = ()  # of the last one's keys and values
-        head = Head((), ())
         heads: dict[tuple[Any, ...], Head] = {}
         are_strings = frozenset({str}).issuperset
+        fits: Callable[[Any], Row | None] = _fits_nothing
 
         def encode(item: Any) -> bytes | Slot | Row:
-            nonlocal names, types, head
+            nonlocal fits
+            row = fits(item)
+            if row is not None:  # nearly always
+                return row
             if type(item) is dict:
                 keys, values = tuple(item), tuple(item.values())
                 kinds = tuple(map(type, keys + values))
-                if keys == names and kinds == types:  # nearly always
-                    return head, values
                 if all_scalars(kinds) and are_strings(kinds[: len(keys)]):
-                    names, types = keys, kinds
-                    if len(heads) > MOST_HEADS:
-                        heads.clear()
-                    head = heads.setdefault((keys, kinds), Head(keys, kinds[len(keys) :]))
+                    head = heads.get((keys, kinds))
+                    if head is None:
+                        if len(heads) > MOST_HEADS:
+                            heads.clear()
+                        head = heads[keys, kinds] = Head(keys, kinds[len(keys) :])
+                    head.met += 1
+                    if head.met % OFTEN == 0 and 0 < len(keys) <= MOST_NAMES:
+                        fits = _fitting(head)
                     return head, values
             return dumps(item)
 
@@ -163,6 +175,49 @@ class Keys:
     def ref(names: tuple[str, ...]) -> bytes:
         """Return what `maker` takes for rows of dicts with these keys."""
         return pickle.dumps((dict, names, False), PROTOCOL)
+
+
+def _fits_nothing(_: Any) -> None:
+    """Recognize no item."""
+
+
+def _fitting(head: Head) -> Callable[[Any], Row | None]:
+    """
+    Return what makes a row of a dict with these keys, and values of these types, and of anything else None.
+
+    Written out for them, which takes half the time of looking at any dict. Keys are nearly always the same
+    objects; those that were read from a file are equal ones.
+    """
+    numbers = range(len(head.names))
+    values = ", ".join(f"v{i}" for i in numbers) + ","
+    keys = ", ".join(f"k{i}" for i in numbers) + ","
+    types_fit = " and ".join(f"type(v{i}) is t{i}" for i in numbers)
+    keys_fit = " and ".join(f"(k{i} is n{i} or (type(k{i}) is str and k{i} == n{i}))" for i in numbers)
+    room: dict[str, Any] = {"head": head}
+    room |= {f"n{i}": name for i, name in enumerate(head.names)}
+    room |= {f"t{i}": kind for i, kind in enumerate(head.types)}
+    return _written(
+        f"""
+def fits(item):
+    if type(item) is dict and len(item) == {len(head.names)}:
+        {values} = item.values()
+        if {types_fit}:
+            {keys} = item
+            if {keys_fit}:
+                return head, ({values})
+    return None
+""",
+        room,
+    )
+
+
+def _written(source: str, room: dict[str, Any]) -> Callable[[Any], Any]:
+    """Return the one function that *source* defines, which sees the names in *room*."""
+    before = set(room)
+    exec(source, room)
+    (name,) = set(room) - before - {"__builtins__"}
+    function: Callable[[Any], Any] = room[name]
+    return function
 
 
 # ── which classes have one ───────────────────────────────────────────────────
@@ -261,11 +316,7 @@ def _make_dict(names: tuple[str, ...]) -> Builder:
     """Return what makes a dict by a display, in half the time that `zip` takes."""
     values = [f"v{number}" for number in range(len(names))]
     pairs = ", ".join(f"{name!r}: {value}" for name, value in zip(names, values, strict=True))
-    source = f"def make(values):\n    {', '.join(values)}, = values\n    return {{{pairs}}}\n"
-    room: dict[str, Any] = {}
-    exec(source, room)
-    make: Builder = room["make"]
-    return make
+    return _written(f"def make(values):\n    {', '.join(values)}, = values\n    return {{{pairs}}}\n", {})
 
 
 def _make_by_assignment(cls: type, names: tuple[str, ...]) -> Builder | None:
@@ -280,10 +331,8 @@ def _make_by_assignment(cls: type, names: tuple[str, ...]) -> Builder | None:
         return None
     made = ", ".join(f"made.{name}" for name in names)
     source = f"def make(values):\n    made = new(cls)\n    {made}, = values\n    return made\n"
-    room: dict[str, Any] = {"new": object.__new__, "cls": cls}
-    exec(source, room)  # field names are identifiers: `dataclass` has seen to that
-    make: Builder = room["make"]
-    return make
+    # Field names are identifiers: `dataclass` has seen to that.
+    return _written(source, {"new": object.__new__, "cls": cls})
 
 
 def _make_model(cls: type, names: tuple[str, ...]) -> Builder:
@@ -318,6 +367,4 @@ def make(values):
         "put_extra": slots["__pydantic_extra__"].__set__,
         "put_private": slots["__pydantic_private__"].__set__,
     }
-    exec(source, room)
-    make: Builder = room["make"]
-    return make
+    return _written(source, room)

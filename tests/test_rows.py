@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import json
 import math
 import pickle
 import random
@@ -15,7 +16,7 @@ import pytest
 from pydantic import BaseModel, Field
 
 from jobq import Job, JobsFailed, Pipeline
-from jobq.shapes import MOST_HEADS, Keys, Shape, shape_of
+from jobq.shapes import MOST_HEADS, MOST_NAMES, OFTEN, Keys, Shape, shape_of
 from jobq.validation import Validator
 from jobq.wire import (
     FEW_ROWS,
@@ -374,3 +375,67 @@ def test_dicts_of_many_kinds_arrive_as_they_were() -> None:
     arrived = codec.decode(codec.block([codec.encode(item) for item in items]))
 
     assert list(map(described, arrived)) == list(map(described, items))
+
+
+class Name(str):
+    """Equal to a key, and none."""
+
+    __slots__ = ()
+
+
+LIKE = [
+    {"x": 1, "y": "a"},
+    json.loads('{"x": 1, "y": "a"}'),
+    {"y": "a", "x": 1},
+    {"x": 1},
+    {},
+    {"x": 1, "y": "a", "z": None},
+    {"x": True, "y": "a"},
+    {"x": 1.0, "y": "a"},
+    {"x": 1, "y": None},
+    {"x": 1, "y": ["a"]},
+    {"x": 1, "y": Name("a")},
+    {"x": 1, Name("y"): "a"},
+    {"x": 1, 2: "a"},
+    OrderedDict(x=1, y="a"),
+    ["x", "y"],
+    "xy",
+    None,
+]
+
+
+@pytest.mark.parametrize("like", LIKE, ids=repr)
+def test_what_is_like_dicts_that_came_often_arrives_as_it_is(like: Any) -> None:
+    codec = codec_for({})
+    usual = [{"x": number, "y": str(number)} for number in range(3 * OFTEN)]
+
+    pieces = [codec.encode(item) for item in usual]
+    of_like = [codec.encode(like)] * FEW_ROWS
+    arrived = codec.decode(codec.block(pieces[: 2 * OFTEN]))
+
+    assert list(map(described, arrived)) == list(map(described, usual[: 2 * OFTEN]))
+    for one in codec.decode(codec.block(of_like)):
+        assert one == like
+        assert type(one) is type(like)
+        if isinstance(like, dict):
+            assert [(type(k), k, type(v), v) for k, v in one.items()] == [
+                (type(k), k, type(v), v) for k, v in like.items()
+            ]
+
+
+@pytest.mark.parametrize("count", [1, MOST_NAMES, MOST_NAMES + 1])
+def test_long_dicts_that_come_often_arrive_as_they_were(count: int) -> None:
+    items = [{f"k{place}": number for place in range(count)} for number in range(2 * OFTEN)]
+    codec = codec_for({})
+
+    arrived = codec.decode(codec.block([codec.encode(item) for item in items]))
+
+    assert list(map(described, arrived)) == list(map(described, items))
+
+
+def test_a_dict_that_came_often_is_as_it_was_at_its_yield() -> None:
+    codec, item, pieces = codec_for({}), {"x": 0}, []
+    for item["x"] in range(2 * OFTEN):
+        pieces.append(codec.encode(item))
+
+    assert codec.decode(codec.block(pieces)) == [{"x": number} for number in range(2 * OFTEN)]
