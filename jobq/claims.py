@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 from jobq.backend import CLAIMED, IDLE, LANES, Page
 
-#: Jobs in a claim: what the page costs is then a fiftieth of the cheapest job.
-CLAIM_JOBS = 256
+#: Jobs in a claim: what the page costs is then a hundredth of the cheapest job.
+CLAIM_JOBS = 512
 #: Jobs that take longer, in seconds, are begun one by one: the page costs 50 ns a job.
 QUICK_SECONDS = 1e-6
 

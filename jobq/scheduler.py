@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 Ranges = list[tuple[int, int]]
 
 #: Never more jobs in a chunk, whatever their size: waking an idle core takes as long as a thousand tiny jobs.
-CHUNK_JOBS = 8192
+CHUNK_JOBS = 16384
 #: A chunk should take about so many seconds: long beside its transport, short beside a person.
 CHUNK_SECONDS = 0.02
 #: Jobs that take less in all aren't worth sharing out where a part of their block carries all its bytes.
