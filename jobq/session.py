@@ -363,7 +363,7 @@ class Session:
         except KeyboardInterrupt:  # somebody does not come to an end, and is not to be waited for
             self._abandon()
             with self._changed:
-                for _ in range(0 if self._ended else 2):  # past FINISH, also where it had not heard of the first
+                for _ in range(0 if self._ended else 2):  # past FINISH, whatever it has heard yet
                     self._running.driver.request_stop()
             self._finish()
             raise
