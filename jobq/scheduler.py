@@ -639,17 +639,18 @@ class Scheduler:
         for part in flight.parts(closed) if flight.chunk.parts[0].roots is not None else ():
             self.lineage.end(part.roots or ())
         refused = [one for index in sorted(answer.skipped) for one in flight.close(index, index + 1)]
-        self._refused(line, worker, flight, refused)
+        self._queue_again(line, worker, flight, refused)
         if answer.final:
             del line.flights[worker][answer.number]
-            self._refused(line, worker, flight, flight.open)  # the worker says that it is through
+            self._queue_again(line, worker, flight, flight.open)  # the worker says that it is through
         return len(answer.skipped) - len(refused)
 
-    def _refused(self, line: Line, worker: str, flight: Flight, ranges: Ranges) -> None:
-        """Queue again what a worker had and did not begin."""
+    def _queue_again(self, line: Line, worker: str, flight: Flight, ranges: Ranges) -> int:
+        """Queue again what a worker had and does not begin; return how many jobs."""
         if ranges:
             self._landed(line, worker, flight, ranges)
             self.put_back(line, flight.parts(ranges), solo=flight.solo)
+        return sum([high - low for low, high in ranges])
 
     def _landed(self, line: Line, worker: str, flight: Flight, ranges: Ranges) -> None:
         """
@@ -977,11 +978,7 @@ class Scheduler:
             if line.batch is not None and number < ticket:
                 continue  # its one call has begun
             closed = flight.close(max(0, ticket - number), flight.chunk.count)
-            if closed:
-                self._landed(line, worker, flight, closed)
-                parts = flight.parts(closed)
-                self.put_back(line, parts, solo=flight.solo)
-                back += sum(part.block.count for part in parts)
+            back += self._queue_again(line, worker, flight, closed)
         return back
 
     def left(self, line: Line, worker: str) -> None:

@@ -213,10 +213,9 @@ def fits(item):
 
 def _written(source: str, room: dict[str, Any]) -> Callable[[Any], Any]:
     """Return the one function that *source* defines, which sees the names in *room*."""
-    before = set(room)
-    exec(source, room)
-    (name,) = set(room) - before - {"__builtins__"}
-    function: Callable[[Any], Any] = room[name]
+    defined: dict[str, Callable[[Any], Any]] = {}
+    exec(source, room, defined)
+    (function,) = defined.values()
     return function
 
 

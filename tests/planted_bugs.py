@@ -55,8 +55,8 @@ BUGS = (
         "what was taken back is forgotten",
         Scheduler,
         "take_back",
-        "self.put_back(line, parts, solo=flight.solo)",
-        "pass",
+        "self._queue_again(line, worker, flight, closed)",
+        "(self._landed(line, worker, flight, closed) if closed else None) or sum(b - a for a, b in closed)",
     ),
     Bug(
         "late answers count",

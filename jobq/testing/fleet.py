@@ -502,10 +502,10 @@ class ConsumerWorker(FleetWorker):
         if page[CLAIMED] == IDLE and self._quick and is_first_try(hand.order):
             page[CLAIMED] = ticket + min(hand.order.count - hand.next, world.chance.randint(2, 8))
             self._fresh = True
-        if page[CLAIMED] == IDLE or self._fresh:
+        shows = page[CLAIMED] == IDLE or self._fresh
+        if shows:
             page[word + 1] = world.monotonic_ns()
             page[word] = ticket
-        shows = page[CLAIMED] == IDLE or self._fresh
         near = self._races or page[LIMIT] != NO_LIMIT  # the driver looks just now, or may look again
         self._hesitates = shows and world.chance.random() < world.faults.races * (1 if near else 0.2)
         if self._hesitates:
