@@ -1051,6 +1051,8 @@ class Driver:
 
     def _escalate(self, signal: int, now: float) -> None:
         ending = self.ending
+        if ending.level == KILL:
+            return  # there is no further step
         ending.level += 1
         ending.signal = ending.signal or signal or None
         if ending.level == FINISH:

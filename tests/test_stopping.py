@@ -1022,6 +1022,19 @@ def test_a_log_of_a_stream_tells_its_end(capsys: pytest.CaptureFixture[str]) -> 
     assert re.search(r"run \S+ ended after", capsys.readouterr().err)
 
 
+def test_there_is_no_step_after_the_last(capsys: pytest.CaptureFixture[str]) -> None:
+    with endless().stream(backend="pipe", log_level="info", log_format="console") as stream:
+        next(stream)
+        running = stream._running
+        assert running is not None
+        for _ in range(5):
+            running.driver.request_stop()
+
+    told = capsys.readouterr().err
+    assert told.count("killing the workers") == 1
+    assert re.search(r"run \S+ ended after", told)
+
+
 def test_ten_runs_in_one_process_need_no_more_than_one(backend: str) -> None:
     pipeline = ints(200)
 
